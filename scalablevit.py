@@ -179,24 +179,29 @@ class WSA(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def side(self, H, W):
+        """M, or less where a single smaller window covers the whole map: the same result with less padding."""
+        return min(self.window, max(H, W))
+
     def shift(self, H, W):
         return 0, 0
 
     def forward(self, x):
         H, W = x.shape[1:3]
-        mask = window_mask(H, W, self.window, device=x.device)
+        mask = window_mask(H, W, self.side(H, W), device=x.device)
         return self.proj(self.attend(self.qkv(x), mask))
 
     def attend(self, qkv, mask):
         """(B, H, W, 3C) -> (B, H, W, C)"""
-        q, k, v = window_partition(qkv, self.heads, self.window)                        # (B·windows, heads, M², d) each
+        M = self.side(*qkv.shape[1:3])
+        q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
         if mask is not None:
             mask = mask.repeat(qkv.shape[0], 1, 1, 1)                                   # (B·windows, 1, M², M²)
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # (B·windows, heads, M², d)  (4)
-        return self.merge(z, v, qkv)
+        return self.merge(z, v, qkv, M)
 
-    def merge(self, z, v, qkv):
-        return window_merge(z, *qkv.shape[1:3], self.window)
+    def merge(self, z, v, qkv, M):
+        return window_merge(z, *qkv.shape[1:3], M)
 
     def macs(self, H, W):
         def squares(n, s):                   # along one axis, over all windows: the sum of (real tokens in it)²
@@ -219,7 +224,7 @@ class SWSA(WSA):
 
     def forward(self, x):
         H, W = x.shape[1:3]
-        M, (sh, sw) = self.window, self.shift(H, W)
+        M, (sh, sw) = self.side(H, W), self.shift(H, W)
         qkv = F.pad(self.qkv(x), (0, 0, 0, -W % M, 0, -H % M)).roll((-sh, -sw), (1, 2))  # (B, h·M, w·M, 3C)
         z = self.attend(qkv, window_mask(H, W, M, (sh, sw), x.device))
         return self.proj(z.roll((sh, sw), (1, 2))[:, :H, :W])
@@ -235,11 +240,10 @@ class LEM(WSA):
         super().__init__(dim, heads, window)
         self.lem = depthwise(dim)
 
-    def merge(self, z, v, qkv):
-        M = self.window
+    def merge(self, z, v, qkv, M):
         v = v.transpose(2, 3).reshape(v.shape[0], -1, M, M)                             # (B·windows, C, M, M)
         y = self.lem(v).reshape(z.transpose(2, 3).shape).transpose(2, 3)                # (B·windows, heads, M², d)
-        return super().merge(z + y, v, qkv)
+        return super().merge(z + y, v, qkv, M)
 
     def macs(self, H, W):
         modules, attention = super().macs(H, W)
@@ -259,9 +263,9 @@ class IWSA(WSA):
         super().__init__(dim, heads, window)
         self.lim = depthwise(dim)
 
-    def merge(self, z, v, qkv):
+    def merge(self, z, v, qkv, M):
         value_map = qkv.chunk(3, dim=-1)[2]                                             # V (B, H, W, C)
-        return super().merge(z, v, qkv) + to_tokens(self.lim(to_map(value_map)))        # (5)
+        return super().merge(z, v, qkv, M) + to_tokens(self.lim(to_map(value_map)))        # (5)
 
     def macs(self, H, W):
         modules, attention = super().macs(H, W)
