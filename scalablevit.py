@@ -41,6 +41,19 @@ def macs(layer, positions):
     return positions * layer.weight.numel()
 
 
+def attention(q, k, v, scale, mask=None):
+    """Softmax(Q K^T · scale) V, equation (1): q (…, n, d), k (…, m, d), v (…, m, d_v) -> (…, n, d_v).
+
+    mask (…, n, m) is True where a query may see a key.
+    """
+    if torch.is_grad_enabled() and q.device.type == "cpu":         # PyTorch's fused form has a slow backward on CPUs
+        scores = (q * scale) @ k.transpose(-2, -1)                                      # (…, n, m)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
 # ---------------------------------------------------------------------------- 3.1 Overall architecture
 class PatchEmbed(nn.Module):
     """Convolutional patch embedding (Section 3.1): (B, H, W, C_in) -> (B, ceil(H/stride), ceil(W/stride), C).
@@ -110,7 +123,7 @@ class SSA(nn.Module):
         q = self.split_heads(self.q(x))                                                 # (B, heads, N, C'/heads)
         k = self.split_heads(self.k(reduced))                                           # (B, heads, N_rn, C'/heads)
         v = self.split_heads(self.v(reduced))                                           # (B, heads, N_rn, C/heads)
-        z = F.scaled_dot_product_attention(q, k, v, scale=self.scale)                   # (B, heads, N, C/heads)  (2)
+        z = attention(q, k, v, self.scale)                                              # (B, heads, N, C/heads)  (2)
         return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
 
     def macs(self, H, W):
@@ -197,7 +210,7 @@ class WSA(nn.Module):
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
         if mask is not None:
             mask = mask.repeat(qkv.shape[0], 1, 1, 1)                                   # (B·windows, 1, M², M²)
-        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # (B·windows, heads, M², d)  (4)
+        z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
         return self.merge(z, v, qkv, M)
 
     def merge(self, z, v, qkv, M):

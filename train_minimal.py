@@ -33,7 +33,7 @@ import scalablevit
 COMMON = dict(model="tiny", batch=128, weight_decay=0.05, label_smoothing=0.1, clip=5.0, seed=0, lr=None, bf16=None)
 PAPER = dict(size=224, epochs=300, warmup_epochs=5, global_batch=1024, base_lr=1e-3, min_scale=0.08)
 SETTINGS = {
-    "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=2e-3, min_scale=0.5, drop_path_rate=0.0),
+    "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=1e-3, min_scale=0.5, drop_path_rate=0.0),
     "s": dict(**PAPER, drop_path_rate=0.2),
     "b": dict(**PAPER, drop_path_rate=0.5),
     "l": dict(**PAPER, drop_path_rate=0.5),
@@ -77,8 +77,8 @@ def draw(shape, rng, side=64):
     mask = Image.new("L", (100, 100))
     for kind, xy, fill in SHAPES[shape]:
         getattr(ImageDraw.Draw(mask), kind)(xy, 255 * fill)
-    s = rng.randrange(round(0.9 * side), round(1.4 * side))
-    mask = mask.rotate(rng.uniform(-20, 20), Image.BICUBIC).resize((s, s))
+    s = rng.randrange(round(0.8 * side), round(1.3 * side))
+    mask = mask.rotate(rng.uniform(-35, 35), Image.BICUBIC).resize((s, s))
     picture.paste(colour(128, 256), (rng.randrange(8, 2 * side - s - 8), rng.randrange(8, 2 * side - s - 8)), mask)
     clutter(ImageDraw.Draw(picture), 4)
     return picture.resize((side, side), Image.BOX)
