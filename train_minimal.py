@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 import scalablevit
 
 # What a run is trained with.  A flag of the same name overrides any of these.  S, B and L: the paper, Appendix C.
-COMMON = dict(model="tiny", batch=128, weight_decay=0.05, label_smoothing=0.1, clip=5.0, seed=0, lr=None, bf16=None)
+COMMON = dict(data=None, model="tiny", batch=128, weight_decay=0.05, label_smoothing=0.1, clip=5.0, seed=0, lr=None, bf16=None)
 PAPER = dict(size=224, epochs=300, warmup_epochs=5, global_batch=1024, base_lr=1e-3, min_scale=0.08)
 SETTINGS = {
     "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=1e-3, min_scale=0.5, drop_path_rate=0.0),
@@ -77,8 +77,8 @@ def draw(shape, rng, side=64):
     mask = Image.new("L", (100, 100))
     for kind, xy, fill in SHAPES[shape]:
         getattr(ImageDraw.Draw(mask), kind)(xy, 255 * fill)
-    s = rng.randrange(round(0.8 * side), round(1.3 * side))
-    mask = mask.rotate(rng.uniform(-35, 35), Image.BICUBIC).resize((s, s))
+    s = rng.randrange(round(0.9 * side), round(1.3 * side))
+    mask = mask.rotate(rng.uniform(-30, 30), Image.BICUBIC).resize((s, s))
     picture.paste(colour(128, 256), (rng.randrange(8, 2 * side - s - 8), rng.randrange(8, 2 * side - s - 8)), mask)
     clutter(ImageDraw.Draw(picture), 4)
     return picture.resize((side, side), Image.BOX)
@@ -113,7 +113,7 @@ class ImageFolder(Dataset):
         if unknown:
             raise SystemExit(f"{root} has the class {min(unknown)!r}, which is not among the {len(classes)} trained ones")
         extensions = Image.registered_extensions()
-        self.items = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).glob("*"))
+        self.items = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).rglob("*"))
                       if path.suffix.lower() in extensions]
         if not self.items:
             raise SystemExit(f"no images in {root}/CLASS/")
@@ -164,12 +164,13 @@ def load(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments as well
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    checkpoint = checkpoint if "model" in checkpoint else {"model": checkpoint}
-    if "patch_embeds.0.proj.weight" in checkpoint["model"]:
-        checkpoint = {"model": scalablevit.convert_official(checkpoint["model"])}
-    return checkpoint
+        if "model" not in checkpoint:
+            checkpoint = {"model": checkpoint}
+        if "patch_embeds.0.proj.weight" in checkpoint["model"]:
+            checkpoint = {"model": scalablevit.convert_official(checkpoint["model"])}
+        return checkpoint
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise SystemExit(f"cannot load {path}: {str(error).splitlines()[0]}") from None
 
 
 def load_weights(model, weights, whole):
@@ -193,7 +194,7 @@ def say(*words, end="\n"):
 
 def lr_factor(step, steps, warmup_steps, lr):
     """Learning rate at a step, over its peak: linearly up from 1e-6, then a cosine down to 1e-5."""
-    low, end = 1e-6 / lr, 1e-5 / lr
+    low, end = min(1e-6 / lr, 1), min(1e-5 / lr, 1)
     if step < warmup_steps:
         return low + (1 - low) * step / warmup_steps
     return end + (1 - end) * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
@@ -223,14 +224,14 @@ def parse_args():
     """-> what to do, the settings to do it with, and the checkpoint to start from (or {})."""
     parser = argparse.ArgumentParser(description="Train ScalableViT on a folder of images.")
     add = parser.add_argument
-    add("--data", type=pathlib.Path, metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: a data set drawn here)")
     add("--output", type=pathlib.Path, metavar="DIR", help="of the run (default: runs/1, or the next number that is free)")
     add("--resume", action="store_true", help="go on from last.pt in --output")
     add("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
     add("--init", type=pathlib.Path, metavar="FILE", help="weights to start from: of this program, or published ones")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images (default: %(default)s)")
     add = parser.add_argument_group("settings (defaults: at the top of this file)").add_argument
-    add("--model", choices=SETTINGS)
+    add("--data", metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: a data set drawn into --output)")
+    add("--model", choices=SETTINGS, help="the size of the network")
     add("--size", type=int, help="of the square images, in pixels")
     add("--epochs", type=int)
     add("--warmup-epochs", type=float)
@@ -259,8 +260,11 @@ def parse_args():
     if not (args.resume or args.eval):
         saved = {name: value for name, value in saved.items() if name == "model"}
     given = {name: value for name, value in vars(args).items() if name in {**COMMON, **SETTINGS["s"]} and value is not None}
-    model = {**COMMON, **saved, **given}["model"]
-    return args, argparse.Namespace(**{**COMMON, **SETTINGS[model], **saved, **given}), checkpoint
+    settings = {**COMMON, **saved, **given}
+    settings = argparse.Namespace(**{**SETTINGS[settings["model"]], **settings})
+    if args.eval and not (settings.data or args.output):
+        parser.error("--eval --init FILE needs --data")
+    return args, settings, checkpoint
 
 
 def main():
@@ -268,28 +272,34 @@ def main():
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))     # set by torchrun
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    bf16 = cuda if settings.bf16 is None else settings.bf16
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
+    run(args, settings, checkpoint, world, rank, device)
+    if world > 1:
+        dist.destroy_process_group()
 
+
+def run(args, settings, checkpoint, world, rank, device):
     # Folders.  The first process makes them, and the others learn of it.
     output = [args.output or next(p for n in itertools.count(1) if not (p := pathlib.Path(f"runs/{n}")).exists())]
     if world > 1:
         dist.broadcast_object_list(output)
     output = output[0]
-    if rank == 0 and not args.eval:
-        output.mkdir(parents=True, exist_ok=True)
-    data = args.data or output / "shapes"
-    if rank == 0 and not args.data and not data.exists():
+    data = pathlib.Path(settings.data or output / "shapes")
+    if rank == 0 and not settings.data and not data.exists():
         say(f"drawing a data set of {len(SHAPES)} classes into {data}")
         draw_data_set(data)
     if world > 1:
         dist.barrier()
 
-    # Data
-    classes = checkpoint.get("classes") or class_names(data / ("val" if args.eval else "train"))
+    # Images
+    cuda = device.type == "cuda"
+    bf16 = cuda if settings.bf16 is None else settings.bf16
+    classes = class_names(data / ("val" if args.eval else "train"))
+    if args.resume or args.eval:
+        classes = checkpoint.get("classes", classes)
     val_set = ImageFolder(data / "val", classes, functools.partial(resize_and_center_crop, size=settings.size))
     load_data = functools.partial(DataLoader, num_workers=args.workers, pin_memory=cuda)
     val_loader = load_data(Subset(val_set, range(rank, len(val_set), world)), batch_size=settings.batch)
@@ -337,6 +347,10 @@ def main():
         f"{len(train_set)} training and {len(val_set)} validation images at {settings.size}x{settings.size}\n"
         f"{world} process(es) on {device.type}, {'bfloat16 autocast' if bf16 else 'float32'}, {steps} updates per epoch of "
         f"{global_batch} = {world} x {accumulate} x {batch} images, peak learning rate {lr:.2g}, writing to {output}")
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+    if first >= settings.epochs:
+        say(f"all {settings.epochs} epochs are done: --epochs takes a larger number")
     began = printed = time.time()
     for epoch in range(first, settings.epochs):
         torch.manual_seed(settings.seed + epoch * world + rank)                 # a resumed run draws what this one would
@@ -377,8 +391,6 @@ def main():
             write(output / "last.pt", functools.partial(torch.save, {**checkpoint, "optimizer": optimizer.state_dict()}))
             lines = "".join(json.dumps(entry) + "\n" for entry in log)
             write(output / "log.jsonl", lambda file: file.write(lines.encode()))
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

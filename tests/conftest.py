@@ -1,0 +1,14 @@
+"""Settings that all tests share: the same examples in every run, one thread, a fixed seed."""
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("scalablevit", deadline=None, derandomize=True, max_examples=40, print_blob=False,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+settings.load_profile("scalablevit")
+torch.set_num_threads(1)                     # the tensors are small: a second thread costs more than it does
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,100 @@
+"""The window attentions, SSA and PEG against loops in float64, for map sizes that windows divide or not."""
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from helpers import (depthwise_by_hand, plain_pieces, random_tokens, randomised, shifted_pieces, ssa_by_hand,
+                     windows_by_hand)
+from scalablevit import IWSA, LEM, PEG, SSA, SWSA, WSA, depthwise, window_merge, window_partition
+
+sides = st.integers(1, 14)
+windows = st.integers(1, 8)
+heads_and_width = st.tuples(st.integers(1, 3), st.integers(1, 4))                       # heads, channels of a head
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@given(sides, sides, windows, heads_and_width, st.integers(1, 2))
+def test_wsa_is_every_window_attending_alone(H, W, M, hd, B):
+    heads, d = hd
+    module = randomised(WSA(heads * d, heads, M))
+    x = random_tokens(B, H, W, heads * d)
+    close(module(x), windows_by_hand(module, x, plain_pieces))
+
+
+@given(sides, sides, windows, heads_and_width, st.integers(1, 2))
+def test_swsa_is_every_window_of_the_shifted_grid_attending_alone(H, W, M, hd, B):
+    heads, d = hd
+    module = randomised(SWSA(heads * d, heads, M))
+    x = random_tokens(B, H, W, heads * d)
+    close(module(x), windows_by_hand(module, x, shifted_pieces))
+
+
+@given(sides, sides, windows, heads_and_width, st.integers(1, 2))
+def test_lem_convolves_the_values_of_each_window_alone(H, W, M, hd, B):
+    heads, d = hd
+    module = randomised(LEM(heads * d, heads, M))
+    x = random_tokens(B, H, W, heads * d)
+    close(module(x), windows_by_hand(module, x, plain_pieces, local=module.lem))
+
+
+@given(sides, sides, windows, heads_and_width, st.integers(1, 2), st.sampled_from([1, 3, 5]))
+def test_iwsa_adds_the_convolution_of_the_whole_value_map(H, W, M, hd, B, kernel):
+    heads, d = hd
+    module = IWSA(heads * d, heads, M)
+    module.lim = depthwise(heads * d, kernel)
+    module = randomised(module)
+    x = random_tokens(B, H, W, heads * d)
+    close(module(x), windows_by_hand(module, x, plain_pieces, interactive=module.lim))
+
+
+@pytest.mark.parametrize("kind", [WSA, LEM])
+@given(sides, sides, windows)
+def test_a_window_that_the_border_cuts_equals_its_tokens_attended_alone(kind, H, W, M):
+    """The bottom right window, cut out of the map and given to the same module as a map of its own."""
+    module = randomised(kind(4, 2, M))
+    x = random_tokens(1, H, W, 4)
+    rows, cols = plain_pieces(H, M)[-1], plain_pieces(W, M)[-1]
+    close(module(x)[:, rows, cols], module(x[:, rows, cols]))
+
+
+def test_lim_links_windows_and_lem_does_not():
+    """With the same weights, LIM and LEM agree where no window border is near, and only there."""
+    lem, iwsa = randomised(LEM(4, 2, 4)), randomised(IWSA(4, 2, 4))
+    x = random_tokens(1, 8, 8, 4)
+    differs = (lem(x) - iwsa(x)).abs().amax(dim=(0, 3)) > 1e-9
+    inner = torch.tensor([True, True, True, False, False, True, True, True])
+    assert torch.equal(differs, ~(inner[:, None] & inner[None, :]))
+
+
+@given(sides, sides, windows, heads_and_width, st.integers(1, 3))
+def test_partition_cuts_windows_and_merge_puts_them_back(H, W, M, hd, B):
+    heads, d = hd
+    C = heads * d
+    qkv = random_tokens(B, H, W, 3 * C)
+    parts = window_partition(qkv, heads, M)
+    h, w = len(plain_pieces(H, M)), len(plain_pieces(W, M))
+    assert parts.shape == (3, B * h * w, heads, M * M, d)
+    for part, chunk in zip(parts, qkv.split(C, dim=-1)):
+        assert torch.equal(window_merge(part, H, W, M), chunk)
+    window = qkv.new_zeros(M, M, C)                                 # the last window's values, zeros beyond the border
+    corner = qkv[-1, plain_pieces(H, M)[-1], plain_pieces(W, M)[-1], 2 * C:]
+    window[:corner.shape[0], :corner.shape[1]] = corner
+    assert torch.equal(parts[2, -1], window.reshape(M * M, heads, d).transpose(0, 1))
+
+
+@given(sides, sides, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([0.25, 0.5, 1.0, 1.25, 2.0]), st.sampled_from([1, 2]),
+       st.integers(1, 2))
+def test_ssa_is_attention_to_the_reduced_map_padded_right_and_bottom(H, W, s, rc, heads, B):
+    module = randomised(SSA(8, heads, rc, 1 / s ** 2))
+    x = random_tokens(B, H, W, 8)
+    close(module(x), ssa_by_hand(module, x, rc, s))
+
+
+@given(sides, sides, st.integers(1, 2))
+def test_peg_adds_the_convolution_of_the_map(H, W, B):
+    module = randomised(PEG(6))
+    x = random_tokens(B, H, W, 6)
+    close(module(x), x + torch.stack([depthwise_by_hand(sample, module.conv) for sample in x]))
