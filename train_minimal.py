@@ -33,7 +33,7 @@ import scalablevit
 COMMON = dict(data=None, model="tiny", batch=128, weight_decay=0.05, label_smoothing=0.1, clip=5.0, seed=0, lr=None, bf16=None)
 PAPER = dict(size=224, epochs=300, warmup_epochs=5, global_batch=1024, base_lr=1e-3, min_scale=0.08)
 SETTINGS = {
-    "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=1e-3, min_scale=0.5, drop_path_rate=0.0),
+    "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=2e-3, min_scale=0.5, drop_path_rate=0.0),
     "s": dict(**PAPER, drop_path_rate=0.2),
     "b": dict(**PAPER, drop_path_rate=0.5),
     "l": dict(**PAPER, drop_path_rate=0.5),

@@ -73,16 +73,18 @@ def test_tiny_has_one_to_two_million_parameters():
 
 # ------------------------------------------------------------------------------------------------ Table 2: FLOPs
 @pytest.mark.parametrize("make, modules, with_attention, table_2", [
-    (scalablevit_s, 4.09, 4.26, 4.2), (scalablevit_b, 8.56, 8.79, 8.6), (scalablevit_l, 14.67, 14.98, 14.7)])
+    (scalablevit_s, 4.09, 4.26, 4.2),
+    (scalablevit_b, 8.56, 8.79, 8.6),
+    (scalablevit_l, 14.67, 14.98, 14.7)])
 def test_macs_at_224(make, modules, with_attention, table_2):
     """Measured on the published code (L without its head, of 0.008 G), and what Table 2 prints.
 
-    Table 2 is met to its last digit by B and L; S, at 4.09, is 4.2 with attention, cut off rather than rounded.
+    Rounded, B and L are what Table 2 prints; for S it prints 4.2, 0.1 more than there is.
     """
     here, here_with_attention = gmacs(build(make))
     assert here == pytest.approx(modules, abs=0.015)
     assert here_with_attention == pytest.approx(with_attention, abs=0.015)
-    assert table_2 in (round(here, 1), int(here_with_attention * 10) / 10)
+    assert round(here, 1) == pytest.approx(table_2, abs=0.11 if make is scalablevit_s else 1e-9)
 
 
 @pytest.mark.parametrize("larger, smaller, retinanets", [(scalablevit_b, scalablevit_s, 92),
@@ -123,8 +125,11 @@ def test_tables_5b_and_7(peg, kind):
     base = build(scalablevit_s, pattern=("wsa", "ssa"), peg=False)
     assert round(parameters(model) / 1e6) == 32
     widths, depths = (64, 128, 256, 512), (2, 2, 20, 2)
-    added = sum(10 * C * depth // 2 for C, depth in zip(widths, depths)) if kind != "wsa" else 0   # 3x3 weights and a bias
-    added += sum(10 * C for C in widths) if peg else 0
+    added = 0
+    if kind != "wsa":                                               # 3x3 weights and a bias per channel, every other block
+        added += sum(10 * C * depth // 2 for C, depth in zip(widths, depths))
+    if peg:                                                         # the same, once a stage
+        added += sum(10 * C for C in widths)
     assert parameters(model) - parameters(base) == added
     first = model.stages[0].blocks[0].attn
     assert type(first) is {"wsa": WSA, "lem": LEM, "iwsa": IWSA}[kind]

@@ -124,10 +124,10 @@ def test_drop_path_rises_linearly_over_all_blocks(kwargs, rate):
 def test_drop_path_drops_whole_samples_and_keeps_the_mean(p):
     n = 40_000
     out = DropPath(p).train()(torch.ones(n, 2, 1, 3)).reshape(n, 6)
-    assert (out == out[:, :1]).all()                                                    # a sample stays or goes as a whole
+    assert (out == out[:, :1]).all()                                # a sample stays or goes as a whole
     kept = out[:, 0] > 0
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
-    spread = 5 * math.sqrt(p / (1 - p) / n)                                             # five standard deviations of the mean
+    spread = 5 * math.sqrt(p / (1 - p) / n)                     # five standard deviations of the mean
     assert abs(out.mean() - 1) < spread and abs(kept.float().mean() - (1 - p)) < spread
 
 
