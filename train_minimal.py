@@ -19,6 +19,8 @@ import pickle
 import random
 import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # threads that wait sleep: the processes that read images need the cores
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -77,10 +79,10 @@ def draw(shape, rng, side=64):
     mask = Image.new("L", (100, 100))
     for kind, xy, fill in SHAPES[shape]:
         getattr(ImageDraw.Draw(mask), kind)(xy, 255 * fill)
-    s = rng.randrange(round(0.9 * side), round(1.3 * side))
-    mask = mask.rotate(rng.uniform(-30, 30), Image.BICUBIC).resize((s, s))
+    s = rng.randrange(round(0.9 * side), round(1.35 * side))
+    mask = mask.rotate(rng.uniform(-25, 25), Image.BICUBIC).resize((s, s))
     picture.paste(colour(128, 256), (rng.randrange(8, 2 * side - s - 8), rng.randrange(8, 2 * side - s - 8)), mask)
-    clutter(ImageDraw.Draw(picture), 4)
+    clutter(ImageDraw.Draw(picture), 3)
     return picture.resize((side, side), Image.BOX)
 
 
