@@ -254,7 +254,7 @@ class LEM(WSA):
         self.lem = depthwise(dim)
 
     def merge(self, z, v, qkv, M):
-        v = v.transpose(2, 3).reshape(v.shape[0], -1, M, M)                             # (B·windows, C, M, M)
+        v = v.transpose(2, 3).reshape(v.shape[0], qkv.shape[3] // 3, M, M)              # (B·windows, C, M, M)
         y = self.lem(v).reshape(z.transpose(2, 3).shape).transpose(2, 3)                # (B·windows, heads, M², d)
         return super().merge(z + y, v, qkv, M)
 
@@ -355,7 +355,7 @@ class Stage(nn.Module):
     def forward(self, x):
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

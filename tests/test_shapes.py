@@ -10,7 +10,7 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 
 from helpers import architectures
-from scalablevit import Block, DropPath, PEG, PatchEmbed, ScalableViT, WSA, scalablevit_tiny
+from scalablevit import ATTENTION, Block, DropPath, PEG, PatchEmbed, ScalableViT, WSA, scalablevit_tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def test_the_default_architecture_takes_any_size(H, W):
                                               for i, s in enumerate((4, 8, 16, 32))]
 
 
-@pytest.mark.parametrize("kind", ["wsa", "swsa", "iwsa", "ssa"])
+@pytest.mark.parametrize("kind", ATTENTION)
 def test_a_batch_may_be_empty(kind):
     assert scalablevit_tiny(num_classes=5, pattern=(kind, kind))(torch.zeros(0, 3, 40, 36)).shape == (0, 5)
 
