@@ -2,7 +2,7 @@
 
     python train_minimal.py                                    draws a small data set, trains `tiny` on it in minutes
     python train_minimal.py --data DIR                         DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
-    torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s          the paper's recipe on 8 GPUs
+    torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s          the paper's batch and schedule on 8 GPUs
     python train_minimal.py --output runs/1 --resume           go on with a run; --eval evaluates its best.pt
 
 Each run writes log.jsonl (one object per epoch), last.pt and best.pt into --output.
@@ -19,7 +19,7 @@ import pickle
 import random
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # threads that wait sleep: the processes that read images need the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # threads that wait sleep: who reads the images needs the cores
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 import scalablevit
 
 # What a run is trained with.  A flag of the same name overrides any of these.  S, B and L: the paper, Appendix C.
-COMMON = dict(data=None, model="tiny", batch=128, weight_decay=0.05, label_smoothing=0.1, clip=5.0, seed=0, lr=None, bf16=None)
+COMMON = dict(data=None, model="tiny", batch=64, lr=None, weight_decay=0.05, label_smoothing=0.1, clip=5.0, bf16=None,
+              seed=0)
 PAPER = dict(size=224, epochs=300, warmup_epochs=5, global_batch=1024, base_lr=1e-3, min_scale=0.08)
 SETTINGS = {
     "tiny": dict(size=56, epochs=12, warmup_epochs=1, global_batch=64, base_lr=2e-3, min_scale=0.5, drop_path_rate=0.0),
@@ -45,7 +46,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # of Image
 
 # ---------------------------------------------------------------------------- the embedded data set
 SHAPES = {  # what is drawn into a 100 x 100 mask, in order: (shape, coordinates, 1 to fill or 0 to cut out)
-    "bars": [("rectangle", (18, 18, 32, 82), 1), ("rectangle", (43, 18, 57, 82), 1), ("rectangle", (68, 18, 82, 82), 1)],
+    "bars": [("rectangle", (x, 18, x + 14, 82), 1) for x in (18, 43, 68)],
     "crescent": [("ellipse", (10, 10, 90, 90), 1), ("ellipse", (32, 10, 112, 90), 0)],
     "cross": [("rectangle", (38, 8, 62, 92), 1), ("rectangle", (8, 38, 92, 62), 1)],
     "disc": [("ellipse", (12, 12, 88, 88), 1)],
@@ -74,7 +75,7 @@ def draw(shape, rng, side=64):
             else:
                 getattr(pen, kind)((x, y, x + w // 2, y + h // 2), colour(0, 128))
 
-    picture = Image.new("RGB", (2 * side, 2 * side), colour(0, 128))      # twice as large, so that edges come out smooth
+    picture = Image.new("RGB", (2 * side, 2 * side), colour(0, 128))      # twice as large: edges come out smooth
     clutter(ImageDraw.Draw(picture), 30)
     mask = Image.new("L", (100, 100))
     for kind, xy, fill in SHAPES[shape]:
@@ -113,7 +114,7 @@ class ImageFolder(Dataset):
     def __init__(self, root, classes, transform):
         unknown = set(class_names(root)) - set(classes)
         if unknown:
-            raise SystemExit(f"{root} has the class {min(unknown)!r}, which is not among the {len(classes)} trained ones")
+            raise SystemExit(f"{root} has the class {min(unknown)!r}, not among the {len(classes)} trained ones")
         extensions = Image.registered_extensions()
         self.items = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).rglob("*"))
                       if path.suffix.lower() in extensions]
@@ -162,7 +163,7 @@ def write(path, put):
 
 
 def load(path):
-    """A checkpoint of this program, or a state dict, published or not: a dictionary whose "model" is under our names."""
+    """A checkpoint of this program, a published one, or a mere state dict; its "model" comes out under our names."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments as well
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -226,7 +227,7 @@ def parse_args():
     """-> what to do, the settings to do it with, and the checkpoint to start from (or {})."""
     parser = argparse.ArgumentParser(description="Train ScalableViT on a folder of images.")
     add = parser.add_argument
-    add("--output", type=pathlib.Path, metavar="DIR", help="of the run (default: runs/1, or the next number that is free)")
+    add("--output", type=pathlib.Path, metavar="DIR", help="of the run (default: runs/1, or the next free number)")
     add("--resume", action="store_true", help="go on from last.pt in --output")
     add("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
     add("--init", type=pathlib.Path, metavar="FILE", help="weights to start from: of this program, or published ones")
@@ -239,7 +240,7 @@ def parse_args():
     add("--warmup-epochs", type=float)
     add("--global-batch", type=int, help="images per update, over all processes")
     add("--batch", type=int, help="images at a time in one process, at most; gradients add up to the global batch")
-    add("--base-lr", type=float, help="peak learning rate at the model's default global batch, scaled linearly to another")
+    add("--base-lr", type=float, help="peak learning rate at the default global batch, scaled linearly to another")
     add("--lr", type=float, help="peak learning rate, as it is")
     add("--weight-decay", type=float)
     add("--label-smoothing", type=float)
@@ -261,7 +262,7 @@ def parse_args():
     saved = checkpoint.get("settings", {})
     if not (args.resume or args.eval):
         saved = {name: value for name, value in saved.items() if name == "model"}
-    given = {name: value for name, value in vars(args).items() if name in {**COMMON, **SETTINGS["s"]} and value is not None}
+    given = {name: getattr(args, name) for name in {**COMMON, **SETTINGS["s"]} if getattr(args, name) is not None}
     settings = {**COMMON, **saved, **given}
     settings = argparse.Namespace(**{**SETTINGS[settings["model"]], **settings})
     if args.eval and not (settings.data or args.output):
@@ -333,7 +334,7 @@ def run(args, settings, checkpoint, world, rank, device):
     groups = [{"params": [p for name, p in model.named_parameters() if name not in exempt]},
               {"params": [p for name, p in model.named_parameters() if name in exempt], "weight_decay": 0.0}]
     lr = settings.lr or settings.base_lr * global_batch / SETTINGS[settings.model]["global_batch"]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay, fused=True)
     log, first = [], 0                                                          # one dictionary per epoch
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
