@@ -1,4 +1,4 @@
-// The operators on the CPU: strips (windows.h) in parallel, vectorised over channels.
+// The kernels on the CPU: strips (windows.h) in parallel, vectorised over channels.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 
-// Compiled once per instruction set and chosen when the module is loaded: the same binary runs everywhere, and uses
+// Compiled once per instruction set, and chosen when the module is loaded: one binary runs on every x86-64 and uses
 // AVX-512 or AVX2 where the machine has it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -20,27 +20,24 @@
 
 namespace {
 
-using c10::BFloat16;
-using c10::Half;
-
-// The type that sums are formed in.
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// L numbers side by side (an extension of GCC and Clang): operators work lane by lane at any register width.
+// ---------------------------------------------------------------- L channels at once
+// An extension of GCC and Clang: operators work on all L numbers, in as many registers as that takes.
 template <class A, int L>
-struct Lanes {
+struct Vector {
   typedef A type __attribute__((vector_size(sizeof(A) * L)));
 };
 template <class A, int L>
-using Vec = typename Lanes<A, L>::type;
+using Vec = typename Vector<A, L>::type;
 
 template <int L, class T>
 INLINED inline Vec<Sum<T>, L> load(const T* p) {
   Vec<Sum<T>, L> v;
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(&v, p, sizeof(v));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {  // the upper half of a float
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the upper half of a float's bits
     Vec<uint16_t, L> upper;
     std::memcpy(&upper, p, sizeof(upper));
     const Vec<uint32_t, L> bits = __builtin_convertvector(upper, Vec<uint32_t, L>) << 16;
@@ -55,7 +52,7 @@ template <int L, class T>
 INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(p, &v, sizeof(v));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {  // round to nearest, ties to even; NaN stays NaN
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // to the nearest, ties to even; NaN stays NaN
     Vec<uint32_t, L> bits;
     std::memcpy(&bits, &v, sizeof(v));
     bits = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Vec<uint32_t, L>{} + 0x7fc0;
@@ -66,7 +63,7 @@ INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   }
 }
 
-// Calls f(lanes, j) for blocks of channels j .. j + lanes that cover one head's d channels.
+// Calls f(L, j) for blocks of channels j .. j + L that make up one head's d; L is known at compile time.
 template <class F>
 INLINED inline void for_blocks(int64_t d, F f) {
   int64_t j = 0;
@@ -75,158 +72,196 @@ INLINED inline void for_blocks(int64_t d, F f) {
   for (; j < d; ++j) f(std::integral_constant<int, 1>(), j);
 }
 
-// ------------------------------------------------------------------ window partition, either way
-template <class T>
-VECTORISED void partition_strips(const Windows& g, const T* __restrict qkv, T* __restrict out, int64_t begin, int64_t end) {
-  const int64_t C3 = 3 * g.channels();
+// ---------------------------------------------------------------- window partition and its backward
+// A call to memcpy would cost more than the few dozen bytes that it copies.
+INLINED inline void copy(char* __restrict to, const char* __restrict from, int64_t size) {
+  for (; size >= 64; size -= 64, to += 64, from += 64) std::memcpy(to, from, 64);
+  for (; size >= 16; size -= 16, to += 16, from += 16) std::memcpy(to, from, 16);
+  for (; size > 0; size -= 2, to += 2, from += 2) std::memcpy(to, from, 2);
+}
+
+// Bytes are moved and no numbers computed: one function for all types.  Token by token, so that the map is one stream.
+template <bool backward>
+VECTORISED void partition_strips(const Windows& g, int64_t itemsize, char* map, char* windows, int64_t begin,
+                                 int64_t end) {
+  const int64_t size = g.d * itemsize, next_head = g.M * g.M * size;
   for (int64_t s = begin; s < end; ++s) {
     const Strip t = g.strip(s);
-    const T* from = qkv + g.token(t.b, t.y, t.x) * C3;
-    for (int64_t third = 0; third < 3; ++third)
-      for (int64_t head = 0; head < g.heads; ++head, from += g.d) {
-        T* to = out + g.group(third, t.window, head, t.position) * g.d;
-        for (int64_t i = 0; i < t.tokens; ++i, to += g.d)
-          std::memcpy(to, from + i * C3, g.d * sizeof(T));
-        std::memset((void*)to, 0, (g.M - t.tokens) * g.d * sizeof(T));
+    char* token = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
+    for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i)
+      for (int64_t third = 0; third < 3; ++third) {
+        char* group = windows + g.group(third, t.window, 0, t.position + i) * size;
+        for (int64_t head = 0; head < g.heads; ++head, token += size, group += next_head) {
+          if (backward) copy(token, group, size);
+          else if (i < t.tokens) copy(group, token, size);
+          else std::memset(group, 0, size);
+        }
       }
   }
 }
 
-template <class T>
-VECTORISED void partition_backward_strips(const Windows& g, const T* __restrict grad, T* __restrict out, int64_t begin, int64_t end) {
-  const int64_t C3 = 3 * g.channels();
-  for (int64_t s = begin; s < end; ++s) {
-    const Strip t = g.strip(s);
-    T* to = out + g.token(t.b, t.y, t.x) * C3;
-    for (int64_t third = 0; third < 3; ++third)
-      for (int64_t head = 0; head < g.heads; ++head, to += g.d) {
-        const T* from = grad + g.group(third, t.window, head, t.position) * g.d;
-        for (int64_t i = 0; i < t.tokens; ++i)
-          std::memcpy(to + i * C3, from + i * g.d, g.d * sizeof(T));
-      }
-  }
-}
+// ---------------------------------------------------------------- window merge + LIM and its backward
+constexpr int tile = 4;  // tokens that are computed together, so that a weight and a neighbour are loaded once for all
 
-// ------------------------------------------------------------------ window merge + LIM
 template <class T>
-VECTORISED void merge_lim_strips(const Windows& g, int64_t k, const T* __restrict z, Strides zs, const T* __restrict v, const Sum<T>* __restrict weight, const Sum<T>* __restrict bias, T* __restrict out, int64_t begin, int64_t end) {
+alignas(64) constexpr T zeros[16] = {};  // what the convolution sees left and right of the map
+
+// K is int64_t, or a constant, with which the compiler unrolls the loops and keeps neighbours in registers.
+template <class T, class K>
+INLINED inline void merge_lim_strip(const Windows& g, const Strip& t, K k, const T* __restrict z, Strides z_strides,
+                                    const T* __restrict v, const Sum<T>* __restrict weight,
+                                    const Sum<T>* __restrict bias, T* __restrict out) {
   const int64_t C = g.channels(), r = k / 2;
-  for (int64_t s = begin; s < end; ++s) {
-    const Strip t = g.strip(s);
-    const int64_t ky0 = std::max<int64_t>(0, r - t.y), ky1 = std::min(k, g.H + r - t.y);
+  const int64_t ky_begin = std::max<int64_t>(0, r - t.y), ky_end = std::min<int64_t>(k, g.H + r - t.y);
+  for (int64_t i = 0; i < t.tokens; i += tile) {
+    const int64_t x = t.x + i, tokens = std::min<int64_t>(tile, t.tokens - i);
     for (int64_t head = 0; head < g.heads; ++head)
       for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
         constexpr int L = lanes;
         const int64_t c = head * g.d + j;
-        for (int64_t i = 0; i < t.tokens; ++i) {
-          const int64_t x = t.x + i;
-          const int64_t kx0 = std::max<int64_t>(0, r - x), kx1 = std::min(k, g.W + r - x);
-          auto sum = load<L>(bias + c);
-          for (int64_t ky = ky0; ky < ky1; ++ky)
-            for (int64_t kx = kx0; kx < kx1; ++kx)
-              sum += load<L>(weight + (ky * k + kx) * C + c) * load<L>(v + g.token(t.b, t.y + ky - r, x + kx - r) * 3 * C + c);
-          sum += load<L>(z + t.window * zs.window + head * zs.head + (t.position + i) * zs.position + j);
-          store<L>(out + g.token(t.b, t.y, x) * C + c, sum);
+        Vec<Sum<T>, L> sum[tile];
+        for (int u = 0; u < tile; ++u) sum[u] = load<L>(bias + c);
+        // The next strip is the one below: ask for the row that is new to it.
+        if (ky_end == k && t.y + r + 1 < g.H)
+          for (int u = 0; u < tile; ++u) __builtin_prefetch(v + g.token(t.b, t.y + r + 1, x + u) * 3 * C + c);
+        for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+          const T* row = v + g.token(t.b, t.y + ky - r, 0) * 3 * C + c;
+          for (int64_t kx = 0; kx < k; ++kx) {
+            const auto w = load<L>(weight + (ky * k + kx) * C + c);
+            for (int u = 0; u < tile; ++u) {
+              const int64_t column = x + u + kx - r;
+              sum[u] += w * load<L>(column >= 0 && column < g.W ? row + column * 3 * C : zeros<T>);
+            }
+          }
         }
+        const T* from = z + t.window * z_strides.window + head * z_strides.head + (t.position + i) * z_strides.position + j;
+        T* to = out + g.token(t.b, t.y, x) * C + c;
+        for (int u = 0; u < tile; ++u)
+          if (u < tokens) store<L>(to + u * C, sum[u] + load<L>(from + u * z_strides.position));
       });
   }
 }
 
 template <class T>
-VECTORISED void merge_lim_backward_strips(const Windows& g, int64_t k, const T* __restrict grad, const T* __restrict v, const Sum<T>* __restrict weight, T* __restrict dz, T* __restrict dqkv, Sum<T>* __restrict dweight, int64_t begin, int64_t end) {
+VECTORISED void merge_lim_strips(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v,
+                                 const Sum<T>* weight, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; ++s)
+    if (k == 3)
+      merge_lim_strip(g, g.strip(s), std::integral_constant<int64_t, 3>(), z, z_strides, v, weight, bias, out);
+    else
+      merge_lim_strip(g, g.strip(s), k, z, z_strides, v, weight, bias, out);
+}
+
+// V at a token went into the outputs around it, so both of its gradients are sums over the same neighbours:
+// dV = Σ w dOut and dw = Σ V dOut, where tap (ky, kx) leads to the output at (y - ky + r, x - kx + r).
+template <class T, class K>
+INLINED inline void merge_lim_backward_strip(const Windows& g, const Strip& t, K k, const T* __restrict grad,
+                                             const T* __restrict v, const Sum<T>* __restrict weight, T* __restrict dz,
+                                             T* __restrict dqkv, Sum<T>* __restrict dweight) {
   const int64_t C = g.channels(), r = k / 2;
-  for (int64_t s = begin; s < end; ++s) {
-    const Strip t = g.strip(s);
-    const int64_t ky0 = std::max<int64_t>(0, t.y + r + 1 - g.H), ky1 = std::min(k, t.y + r + 1);
-    for (int64_t i = 0; i < t.tokens; ++i)
-      std::memset((void*)(dqkv + g.token(t.b, t.y, t.x + i) * 3 * C), 0, 2 * C * sizeof(T));
-    for (int64_t head = 0; head < g.heads; ++head) {
-      T* dz_group = dz + g.group(0, t.window, head, t.position) * g.d;
-      std::memset((void*)(dz_group + t.tokens * g.d), 0, (g.M - t.tokens) * g.d * sizeof(T));
+  const int64_t ky_begin = std::max<int64_t>(0, t.y + r + 1 - g.H), ky_end = std::min<int64_t>(k, t.y + r + 1);
+  for (int64_t head = 0; head < g.heads; ++head)
+    std::fill_n(dz + (g.group(0, t.window, head, t.position) + t.tokens) * g.d, (g.M - t.tokens) * g.d, T(0));
+  for (int64_t i = 0; i < t.tokens; i += tile) {
+    const int64_t x = t.x + i, tokens = std::min<int64_t>(tile, t.tokens - i), token = g.token(t.b, t.y, x);
+    for (int64_t u = 0; u < tokens; ++u) std::fill_n(dqkv + (token + u) * 3 * C, 2 * C, T(0));
+    for (int64_t head = 0; head < g.heads; ++head)
       for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
         constexpr int L = lanes;
         const int64_t c = head * g.d + j;
-        for (int64_t i = 0; i < t.tokens; ++i) {
-          const int64_t x = t.x + i, token = g.token(t.b, t.y, x);
-          const int64_t kx0 = std::max<int64_t>(0, x + r + 1 - g.W), kx1 = std::min(k, x + r + 1);
-          const auto value = load<L>(v + token * 3 * C + c);
-          Vec<Sum<T>, L> dv = {};
-          for (int64_t ky = ky0; ky < ky1; ++ky)
-            for (int64_t kx = kx0; kx < kx1; ++kx) {
-              const auto d_out = load<L>(grad + g.token(t.b, t.y - ky + r, x - kx + r) * C + c);
-              const int64_t tap = (ky * k + kx) * C + c;
-              dv += load<L>(weight + tap) * d_out;
-              store<L>(dweight + tap, load<L>(dweight + tap) + value * d_out);
+        Vec<Sum<T>, L> value[tile], dv[tile] = {};
+        for (int u = 0; u < tile; ++u) value[u] = load<L>(u < tokens ? v + (token + u) * 3 * C + c : zeros<T>);
+        for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+          const T* row = grad + g.token(t.b, t.y - ky + r, 0) * C + c;
+          for (int64_t kx = 0; kx < k; ++kx) {
+            const int64_t tap = (ky * k + kx) * C + c;
+            const auto w = load<L>(weight + tap);
+            auto dw = load<L>(dweight + tap);
+            for (int u = 0; u < tile; ++u) {
+              const int64_t column = x + u - kx + r;
+              const auto neighbour = load<L>(column >= 0 && column < g.W ? row + column * C : zeros<T>);
+              dv[u] += w * neighbour;
+              dw += value[u] * neighbour;
             }
-          const auto d_out = load<L>(grad + token * C + c);
-          store<L>(dweight + k * k * C + c, load<L>(dweight + k * k * C + c) + d_out);
-          store<L>(dqkv + token * 3 * C + 2 * C + c, dv);
-          store<L>(dz_group + i * g.d + j, d_out);
+            store<L>(dweight + tap, dw);
+          }
         }
+        T* dz_group = dz + g.group(0, t.window, head, t.position + i) * g.d + j;
+        auto dbias = load<L>(dweight + k * k * C + c);
+        for (int u = 0; u < tile; ++u)
+          if (u < tokens) {
+            const auto own = load<L>(grad + (token + u) * C + c);
+            dbias += own;
+            store<L>(dz_group + u * g.d, own);
+            store<L>(dqkv + ((token + u) * 3 + 2) * C + c, dv[u]);
+          }
+        store<L>(dweight + k * k * C + c, dbias);
       });
-    }
   }
 }
 
-// Calls f with a null pointer of the activations' type.
+template <class T>
+VECTORISED void merge_lim_backward_strips(const Windows& g, int64_t k, const T* grad, const T* v, const Sum<T>* weight,
+                                          T* dz, T* dqkv, Sum<T>* dweight, int64_t begin, int64_t end) {
+  for (int64_t s = begin; s < end; ++s)
+    if (k == 3)
+      merge_lim_backward_strip(g, g.strip(s), std::integral_constant<int64_t, 3>(), grad, v, weight, dz, dqkv, dweight);
+    else
+      merge_lim_backward_strip(g, g.strip(s), k, grad, v, weight, dz, dqkv, dweight);
+}
+
+// Calls f with a T*, null, that says the type.
 template <class F>
-void dispatch(Type type, F f) {
+void with_type(Type type, F f) {
   switch (type) {
     case Type::Float32: return f((float*)nullptr);
     case Type::Float64: return f((double*)nullptr);
-    case Type::BFloat16: return f((BFloat16*)nullptr);
-    case Type::Float16: return f((Half*)nullptr);
+    case Type::BFloat16: return f((c10::BFloat16*)nullptr);
+    case Type::Float16: return f((c10::Half*)nullptr);
   }
 }
 
-}  // namespace
-
-namespace cpu {
-
-// Fewer strips than this are not worth a thread of their own.
+// As many strips as are worth a thread of their own.
 int64_t grain(const Windows& g) { return 1 + 16384 / (g.M * g.channels()); }
 
-void partition(const Windows& g, Type type, const void* qkv, void* windows) {
-  dispatch(type, [&](auto* t) {
+}  // namespace
+
+void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
+  at::parallel_for(0, g.strips(), grain(g), [&](int64_t begin, int64_t end) {
+    (backward ? partition_strips<true> : partition_strips<false>)(g, itemsize, (char*)map, (char*)windows, begin, end);
+  });
+}
+
+void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
+                    const void* weight, const void* bias, void* out) {
+  with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     at::parallel_for(0, g.strips(), grain(g), [&](int64_t begin, int64_t end) {
-      partition_strips<T>(g, (const T*)qkv, (T*)windows, begin, end);
+      merge_lim_strips(g, k, (const T*)z, z_strides, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)weight,
+                       (const Sum<T>*)bias, (T*)out, begin, end);
     });
   });
 }
 
-void partition_backward(const Windows& g, Type type, const void* grad, void* dqkv) {
-  dispatch(type, [&](auto* t) {
+void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
+                             const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts) {
+  with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    at::parallel_for(0, g.strips(), grain(g), [&](int64_t begin, int64_t end) {
-      partition_backward_strips<T>(g, (const T*)grad, (T*)dqkv, begin, end);
-    });
-  });
-}
-
-void merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides zs, const void* qkv, const void* weight, const void* bias, void* out) {
-  dispatch(type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    at::parallel_for(0, g.strips(), grain(g), [&](int64_t begin, int64_t end) {
-      merge_lim_strips<T>(g, k, (const T*)z, zs, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)weight,
-                          (const Sum<T>*)bias, (T*)out, begin, end);
-    });
-  });
-}
-
-void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight, void* dz, void* dqkv, int64_t chunks, void* partials) {
-  dispatch(type, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    const int64_t size = (k * k + 1) * g.channels(), strips = (g.strips() + chunks - 1) / chunks;
-    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t C = g.channels(), taps = k * k, size = (taps + 1) * C;
+    const auto first_strip = [&](int64_t part) { return g.strips() * part / cpu_parts; };
+    at::parallel_for(0, cpu_parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        Sum<T>* partial = (Sum<T>*)partials + i * size;
-        std::fill(partial, partial + size, Sum<T>(0));
-        merge_lim_backward_strips<T>(g, k, (const T*)grad, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)weight, (T*)dz, (T*)dqkv, partial,
-           std::min(i * strips, g.strips()), std::min((i + 1) * strips, g.strips()));
+        Sum<T>* part = (Sum<T>*)parts + i * size;
+        std::fill_n(part, size, Sum<T>(0));
+        merge_lim_backward_strips(g, k, (const T*)grad, (const T*)qkv + 2 * C, (const Sum<T>*)weight, (T*)dz, (T*)dqkv,
+                                  part, first_strip(i), first_strip(i + 1));
       }
     });
+    Sum<T>* total = (Sum<T>*)parts;
+    for (int64_t i = 1; i < cpu_parts; ++i)
+      for (int64_t j = 0; j < size; ++j) total[j] += total[i * size + j];
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t tap = 0; tap < taps; ++tap) ((Sum<T>*)dweight)[c * taps + tap] = total[tap * C + c];
+    std::copy_n(total + taps * C, C, (Sum<T>*)dbias);
   });
 }
-
-}  // namespace cpu
