@@ -13,7 +13,9 @@ network of Table 1 (3.5).  Tokens are (B, H, W, C) from the first patch embeddin
 """
 import argparse
 import math
+import os
 import re
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,100 @@ def attention(q, k, v, scale, mask=None):
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+# ---------------------------------------------------------------------------- Kernels
+def load_kernels():
+    """Load the C++/CUDA extension (csrc/), if it is installed; returns the types of device that it has kernels for.
+
+    It makes `window_partition` and the end of `IWSA` one pass over memory each.  Their plain PyTorch form, beside each
+    call, says what the kernels compute, and runs wherever there are none.  SCALABLEVIT_KERNELS=0 turns them off.
+    """
+    if os.environ.get("SCALABLEVIT_KERNELS") == "0":
+        return ()
+    try:
+        import scalablevit_kernels
+    except ModuleNotFoundError:
+        return ()
+    except ImportError as error:
+        warnings.warn(f"plain PyTorch is used, since scalablevit_kernels was built for another PyTorch: {error}")
+        return ()
+    if not hasattr(scalablevit_kernels, "registered"):             # another copy of this file may have done it
+        register_kernels()
+        scalablevit_kernels.registered = True
+    return scalablevit_kernels.devices
+
+
+def register_kernels():
+    """Tell PyTorch the operators' shapes, gradients and cost: for torch.compile, autograd and FlopCounterMode."""
+    from torch.library import register_autograd, register_fake
+    from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
+    ops = torch.ops.scalablevit
+
+    @register_fake("scalablevit::window_partition")
+    def _(qkv, heads, M):
+        B, H, W, C = qkv.shape
+        return qkv.new_empty(3, B * -(-H // M) * -(-W // M), heads, M * M, C // (3 * heads))
+
+    @register_fake("scalablevit::window_partition_backward")
+    def _(grad, H, W, M):
+        _, windows, heads, _, d = grad.shape
+        return grad.new_empty(windows // (-(-H // M) * -(-W // M)), H, W, 3 * heads * d)
+
+    @register_fake("scalablevit::window_merge_lim")
+    def _(z, qkv, weight, bias, M):
+        return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+    @register_fake("scalablevit::window_merge_lim_backward")
+    def _(grad, qkv, weight, heads, M):
+        B, H, W, C = grad.shape
+        dz = grad.new_empty(B * -(-H // M) * -(-W // M), heads, M * M, C // heads)
+        return dz, qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C)
+
+    def save_partition(ctx, inputs, output):
+        qkv, _, M = inputs
+        ctx.args = *qkv.shape[1:3], M
+
+    def partition_backward(ctx, grad):
+        return ops.window_partition_backward(grad, *ctx.args), None, None
+
+    def save_partition_backward(ctx, inputs, output):
+        grad, _, _, M = inputs
+        ctx.args = grad.shape[2], M
+
+    def partition_backward_backward(ctx, grad):
+        return ops.window_partition(grad, *ctx.args), None, None, None
+
+    def save_merge_lim(ctx, inputs, output):
+        z, qkv, weight, _, M = inputs
+        ctx.save_for_backward(qkv, weight)
+        ctx.args = z.shape[1], M
+
+    def merge_lim_backward(ctx, grad):
+        return *ops.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.args), None
+
+    def merge_lim_backward_backward(ctx, *grads):
+        raise NotImplementedError("the kernels have no second derivative of LIM: set SCALABLEVIT_KERNELS=0")
+
+    register_autograd("scalablevit::window_partition", partition_backward, setup_context=save_partition)
+    register_autograd("scalablevit::window_partition_backward", partition_backward_backward,
+                      setup_context=save_partition_backward)
+    register_autograd("scalablevit::window_merge_lim", merge_lim_backward, setup_context=save_merge_lim)
+    register_autograd("scalablevit::window_merge_lim_backward", merge_lim_backward_backward)
+
+    @register_flop_formula(ops.window_merge_lim)                   # what PyTorch counts for the convolution in LIM
+    def _(z, qkv, weight, bias, M, out_shape, **_):
+        B, H, W, C = out_shape
+        return conv_flop((B, C, H, W), weight, None, None, None, None, False, out_val=(B, C, H, W))
+
+    @register_flop_formula(ops.window_merge_lim_backward)
+    def _(grad, qkv, weight, heads, M, out_shape, **_):
+        B, H, W, C = grad
+        return conv_backward_flop((B, C, H, W), (B, C, H, W), weight, None, None, None, None, False, None, C,
+                                  (True, True, True), out_val=((B, C, H, W), weight, (C,)))
+
+
+KERNELS = load_kernels()
 
 
 # ---------------------------------------------------------------------------- 3.1 Overall architecture
@@ -139,6 +235,8 @@ class SSA(nn.Module):
 # ---------------------------------------------------------------------------- 3.3 Interactive Window-based Self-Attention
 def window_partition(qkv, heads, M):
     """Cut (B, H, W, 3C) into M x M windows, zeros beyond the border: (3, B·windows, heads, M², d)."""
+    if qkv.device.type in KERNELS:
+        return torch.ops.scalablevit.window_partition(qkv, heads, M)
     B, H, W, C = qkv.shape
     h, w = -(-H // M), -(-W // M)
     qkv = F.pad(qkv, (0, 0, 0, w * M - W, 0, h * M - H))                                # (B, h·M, w·M, 3C)
@@ -277,6 +375,8 @@ class IWSA(WSA):
         self.lim = depthwise(dim)
 
     def merge(self, z, v, qkv, M):
+        if qkv.device.type in KERNELS:
+            return torch.ops.scalablevit.window_merge_lim(z, qkv, self.lim.weight, self.lim.bias, M)
         value_map = qkv.chunk(3, dim=-1)[2]                                             # V (B, H, W, C)
         return super().merge(z, v, qkv, M) + to_tokens(self.lim(to_map(value_map)))        # (5)
 
@@ -580,7 +680,8 @@ def main():
         print(f"  paper, Table 2 (224x224): {paper}\n")
     print("The paper's FLOPs are the multiply-accumulates of convolutions and linear layers (column MACs); they leave out\n"
           "the two matrix products of attention, QK^T and AV (column + attention), norms, activations and additions.\n"
-          "The published code of L has 109.3M parameters where Table 2 prints 104M.")
+          "The published code of L has 109.3M parameters where Table 2 prints 104M.\n"
+          f"kernels: {', '.join(KERNELS) or 'none, plain PyTorch'}")
 
 
 if __name__ == "__main__":

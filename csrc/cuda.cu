@@ -35,7 +35,7 @@ using Sum = typename SumOf<T>::type;
 
 // V neighbouring channels, loaded and stored together.
 template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
 template <int V, class T>

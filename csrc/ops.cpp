@@ -35,9 +35,9 @@ void check_same(const char* a_name, const Tensor& a, const char* b_name, const T
 
 Windows windows_of(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t M) {
   TORCH_CHECK(H >= 1 && W >= 1, "the map must have at least one row and one column, got H=", H, ", W=", W);
-  // Within a strip the GPU counts in 32 bits.
-  TORCH_CHECK(M >= 1 && M < (1 << 15) && 3 * heads * d < (int64_t(1) << 31) / M,
-              "window must be at least 1, below 2^15, and window · 3C below 2^31, got window=", M, ", 3C=", 3 * heads * d);
+  // Within a strip the GPU counts 2-byte words in 32 bits, and a float64 has four of them.
+  TORCH_CHECK(M >= 1 && M < (1 << 15) && 3 * heads * d < (1 << 29) / M,
+              "window must be at least 1, below 2^15, and window · 3C below 2^29, got window=", M, " and 3C=", 3 * heads * d);
   return {B, H, W, heads, d, M};
 }
 
