@@ -1,0 +1,53 @@
+"""Installs scalablevit.py, and builds its C++/CUDA extension (csrc/) where PyTorch and a C++ compiler are there.
+
+    pip install .                              the Python module alone: pip's build isolation hides PyTorch from here
+    pip install --no-build-isolation .         and the kernels, built against the PyTorch that is installed
+    FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation .    and those for a GPU that is not here
+"""
+import glob
+import os
+import shutil
+import sys
+
+from setuptools import setup
+from setuptools.command.sdist import sdist
+
+
+class SourceDist(sdist):
+    """A source distribution has csrc/, wherever it was made."""
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, sorted({*files, *glob.glob("csrc/*")}))
+
+
+def extension():
+    """The arguments of `setup` that build the extension; none where it cannot be built, with a line that says why."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        reason = shutil.which(os.environ.get("CXX", "c++").split()[0]) is None and "there is no C++ compiler"
+    except ImportError:
+        reason = "PyTorch cannot be imported here (pip install --no-build-isolation lets it be)"
+    if reason:
+        print(f"scalablevit: pure Python, without the C++/CUDA kernels: {reason}", file=sys.stderr)
+        return {}
+    cuda = CUDA_HOME and torch.version.cuda and (torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1")
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []       # what at::parallel_for runs on
+    sources = ["csrc/ops.cpp", "csrc/cpu.cpp"] + (["csrc/cuda.cu"] if cuda else [])
+    module = (CUDAExtension if cuda else CppExtension)(
+        "scalablevit_kernels", sources, depends=glob.glob("csrc/*.h"),
+        define_macros=[("WITH_CUDA", None)] if cuda else [],
+        extra_compile_args={"cxx": ["-O3", "-Wno-psabi", *openmp], "nvcc": ["-O3"]}, extra_link_args=openmp)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension, "sdist": SourceDist}}
+
+
+setup(
+    name="scalablevit",
+    version="1.0",
+    description="ScalableViT in one file, with C++/CUDA kernels",
+    py_modules=["scalablevit"],
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "numpy", "Pillow"],
+    extras_require={"test": ["pytest", "hypothesis"]},
+    **{"cmdclass": {"sdist": SourceDist}} | extension(),
+)

@@ -1,0 +1,311 @@
+"""The C++/CUDA operators against the plain PyTorch forms in scalablevit.py.  The CUDA half is skipped without a GPU."""
+import copy
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import scalablevit
+from scalablevit import IWSA, scalablevit_tiny, window_merge, window_partition
+
+ROOT = pathlib.Path(__file__).parents[1]
+HAVE = scalablevit.KERNELS
+needs_kernels = pytest.mark.skipif(not HAVE, reason="the extension is not built (or SCALABLEVIT_KERNELS=0)")
+needs_cuda = pytest.mark.skipif("cuda" not in HAVE or not torch.cuda.is_available(), reason="no GPU, or no CUDA build")
+on_devices = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_kernels),
+                                                pytest.param("cuda", marks=needs_cuda)])
+ops = torch.ops.scalablevit
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+some = settings(max_examples=60, deadline=None)
+
+
+def plain(f, *args):
+    """f(*args) with the kernels off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scalablevit, "KERNELS", ())
+        return f(*args)
+
+
+def merge_lim(z, qkv, weight, bias, M):
+    """Z + LIM(V), from its definition."""
+    H, W = qkv.shape[1:3]
+    v = qkv.chunk(3, dim=-1)[2].permute(0, 3, 1, 2)
+    lim = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return window_merge(z, H, W, M) + lim.permute(0, 2, 3, 1)
+
+
+@st.composite
+def cases(draw):
+    """Random tensors for all operators, in any layout: sizes that M divides or not, maps smaller than a window."""
+    B, H, W = draw(st.integers(0, 3)), draw(st.integers(1, 17)), draw(st.integers(1, 17))
+    heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 12, 16, 20, 24, 32, 33]))
+    M, k = draw(st.integers(1, 9)), draw(st.sampled_from([1, 3, 5, 7]))
+    dtype, C = draw(st.sampled_from(DTYPES)), heads * d
+    windows = B * math.ceil(H / M) * math.ceil(W / M)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def tensor(*shape, dtype=dtype):
+        order = draw(st.permutations(range(len(shape))))           # of the dimensions in memory
+        step = draw(st.sampled_from([1, 1, 2]))                    # 2: every second element of something larger
+        full = torch.randn([shape[i] for i in order[:-1]] + [shape[order[-1]] * step], generator=generator).to(dtype)
+        return full[..., ::step].permute([order.index(i) for i in range(len(shape))])
+
+    weights = draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)]))    # autocast: float32
+    return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=tensor(windows, heads, M * M, d),
+                weight=tensor(C, 1, k, k, dtype=weights), bias=tensor(C, dtype=weights),
+                grad_windows=tensor(3, windows, heads, M * M, d), grad=tensor(B, H, W, C))
+
+
+def close(got, exact):
+    """Within the rounding of got's dtype, measured against the largest element; exact is float64."""
+    assert got.shape == exact.shape
+    if exact.numel():
+        error, scale = (got.cpu().double() - exact).abs().max(), exact.abs().max().clamp_min(1)
+        assert error <= ROUNDING[got.dtype] * scale
+
+
+@on_devices
+@some
+@given(case=cases())
+def test_partition_moves_every_bit_both_ways(device, case):
+    qkv, heads, M, grad = case["qkv"], case["heads"], case["M"], case["grad_windows"]
+    assert torch.equal(ops.window_partition(qkv.to(device), heads, M).cpu(), plain(window_partition, qkv, heads, M))
+    leaf = qkv.double().requires_grad_()
+    plain(window_partition, leaf, heads, M).backward(grad.double())
+    got = ops.window_partition_backward(grad.to(device), *qkv.shape[1:3], M)
+    assert got.dtype == grad.dtype and torch.equal(got.cpu().double(), leaf.grad)
+
+
+@on_devices
+@some
+@given(case=cases())
+def test_merge_lim_against_its_definition_in_float64(device, case):
+    names = ["z", "qkv", "weight", "bias"]
+    exact = [case[name].double().requires_grad_() for name in names]
+    given_ = [case[name].to(device).requires_grad_() for name in names]
+    out, got = merge_lim(*exact, case["M"]), ops.window_merge_lim(*given_, case["M"])
+    assert got.dtype == case["qkv"].dtype
+    close(got.detach(), out.detach())
+    out.backward(case["grad"].double())
+    got.backward(case["grad"].to(device))
+    for name, a, b in zip(names, given_, exact):
+        assert a.grad.dtype == a.dtype, name
+        close(a.grad, b.grad)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partition_then_merge_with_a_zero_kernel_is_the_identity(device, dtype):
+    qkv = torch.randn(2, 9, 12, 48, device=device).to(dtype)
+    for third, z in zip(qkv.chunk(3, dim=-1), ops.window_partition(qkv, 2, 5)):
+        assert torch.equal(ops.window_merge_lim(z, qkv, qkv.new_zeros(16, 1, 3, 3), qkv.new_zeros(16), 5), third)
+
+
+@on_devices
+def test_nan_and_infinity_stay_what_they_are(device):
+    for dtype in DTYPES:
+        z = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(dtype).max], dtype=dtype, device=device)
+        got = ops.window_merge_lim(z.view(1, 1, 1, 4), z.new_zeros(1, 1, 1, 12), z.new_zeros(4, 1, 3, 3), z.new_zeros(4), 1)
+        assert torch.equal(got.flatten().nan_to_num(7.0), z.nan_to_num(7.0)) and got.flatten()[0].isnan()
+
+
+@on_devices
+def test_gradcheck(device):
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+
+    qkv, z, weight, bias = leaf(2, 4, 5, 12), leaf(2 * 2 * 2, 2, 9, 2), leaf(4, 1, 3, 3), leaf(4)
+    assert torch.autograd.gradcheck(lambda x: ops.window_partition(x, 2, 3), qkv)
+    assert torch.autograd.gradgradcheck(lambda x: ops.window_partition(x, 2, 3), qkv)
+    assert torch.autograd.gradcheck(lambda *args: ops.window_merge_lim(*args, 3), (z, qkv, weight, bias))
+    first, = torch.autograd.grad(ops.window_merge_lim(z, qkv, weight, bias, 3).square().sum(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="SCALABLEVIT_KERNELS=0"):
+        first.sum().backward()
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(device, dtype):
+    def tensor(*shape):
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+    qkv, z, weight, bias = tensor(2, 8, 5, 24), tensor(2 * 3 * 2, 2, 9, 4), tensor(8, 1, 3, 3), tensor(8)
+    torch.library.opcheck(ops.window_partition, (qkv, 2, 3))
+    torch.library.opcheck(ops.window_partition_backward, (tensor(3, 2 * 3 * 2, 2, 9, 4), 8, 5, 3))
+    torch.library.opcheck(ops.window_merge_lim, (z, qkv, weight, bias, 3))
+    inputs = [t.detach() for t in (tensor(2, 8, 5, 8), qkv, weight)]       # it has no derivative of its own
+    torch.library.opcheck(ops.window_merge_lim_backward, (*inputs, 2, 3))
+
+
+@on_devices
+@pytest.mark.parametrize("autocast", [False, True])
+def test_model_with_and_without(device, autocast):
+    torch.manual_seed(0)
+    model = scalablevit_tiny(num_classes=5).to(device)
+    images = torch.randn(2, 3, 75, 110, device=device)              # no window side divides these maps
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast), FlopCounterMode(display=False) as flops:
+            logits = model(images)
+            logits.float().square().sum().backward()
+        return logits.detach().float(), [p.grad.clone() for p in model.parameters()], flops.get_total_flops()
+
+    (logits, grads, flops), (plain_logits, plain_grads, plain_flops) = step(), plain(step)
+    bound = 5e-2 if autocast else 1e-4
+    assert (logits - plain_logits).norm() <= bound * plain_logits.norm()
+    norm = torch.cat([g.flatten() for g in plain_grads]).norm()
+    assert torch.cat([(a - b).flatten() for a, b in zip(grads, plain_grads)]).norm() <= bound * norm
+    assert flops == plain_flops
+
+
+@on_devices
+def test_compile_and_export(device):
+    model = IWSA(16, 2, window=3).to(device).eval()
+    x = torch.randn(2, 7, 8, 16, device=device, requires_grad=True)
+    out, expected = torch.compile(copy.deepcopy(model), fullgraph=True)(x), model(x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (out, expected)))
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    assert any("scalablevit" in str(node.target) for node in program.graph.nodes)
+    larger = torch.randn(5, 7, 8, 16, device=device)
+    torch.testing.assert_close(program.module()(larger), model(larger))
+
+
+@on_devices
+def test_same_bits_in_every_run_and_for_any_number_of_threads(device):
+    qkv, weight = torch.randn(3, 23, 29, 3 * 40, device=device), torch.randn(40, 1, 3, 3, device=device)
+    grad, threads, seen = torch.randn(3, 23, 29, 40, device=device), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 7, 1):
+            torch.set_num_threads(n)
+            z = ops.window_partition(qkv, 2, 7)[0]
+            seen.append((ops.window_merge_lim(z, qkv, weight, weight[:, 0, 0, 0], 7),
+                         *ops.window_merge_lim_backward(grad, qkv, weight, 2, 7)))
+    finally:
+        torch.set_num_threads(threads)
+    for results in seen[1:]:
+        assert all(map(torch.equal, results, seen[0]))
+
+
+@needs_cuda
+def test_cuda_graph():
+    model, x = IWSA(32, 2, window=4).cuda().eval(), torch.randn(2, 9, 9, 32, device="cuda")
+    with torch.no_grad():
+        expected, stream = model(x), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.testing.assert_close(model(x), expected)          # on another stream than the default one
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        graph.replay()
+    torch.testing.assert_close(out, expected)
+
+
+@needs_cuda
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 20 * 2 ** 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    qkv = torch.randint(-99, 99, (1, 4, 2 ** 21 + 1, 3 * 96), dtype=torch.int8, device="cuda").to(torch.bfloat16)
+    assert qkv.numel() > 2 ** 31
+    windows = ops.window_partition(qkv, 3, 4)
+    assert torch.equal(ops.window_partition_backward(windows, *qkv.shape[1:3], 4), qkv)
+
+
+def bad_inputs():
+    qkv, z, weight, bias = torch.randn(2, 6, 6, 24), torch.randn(8, 2, 9, 4), torch.randn(8, 1, 3, 3), torch.randn(8)
+    partition, merge = "window_partition", "window_merge_lim"
+    return [
+        ("shape", partition, qkv[0], 2, 3),
+        ("channels", partition, qkv[..., :23], 2, 3),
+        ("channels", partition, qkv, 3, 3),
+        ("channels", partition, qkv, 0, 3),
+        ("channels", partition, qkv[..., :0], 2, 3),
+        ("window", partition, qkv, 2, 0),
+        ("window", partition, qkv, 2, -3),
+        ("window", partition, qkv, 2, 2 ** 40),
+        ("at least one row", partition, qkv[:, :0], 2, 3),
+        ("float32", partition, qkv.int(), 2, 3),
+        ("shape", partition + "_backward", z, 6, 6, 3),
+        ("fit", partition + "_backward", torch.randn(3, 7, 2, 9, 4), 6, 6, 3),
+        ("fit", partition + "_backward", torch.randn(3, 8, 2, 8, 4), 6, 6, 3),
+        ("at least one row", partition + "_backward", torch.randn(3, 8, 2, 9, 4), 0, 6, 3),
+        ("shape", merge, z[0], qkv, weight, bias, 3),
+        ("fit", merge, z[:7], qkv, weight, bias, 3),
+        ("fit", merge, z, qkv, weight, bias, 2),
+        ("dtype", merge, z.double(), qkv, weight, bias, 3),
+        ("dtype", merge, z, qkv, weight, bias.double(), 3),
+        ("weight must be", merge, z, qkv, weight.double(), bias.double(), 3),
+        ("weight must be", merge, z, qkv, weight.bfloat16(), bias.bfloat16(), 3),
+        ("odd", merge, z, qkv, torch.randn(8, 1, 2, 2), bias, 3),
+        ("odd", merge, z, qkv, torch.randn(8, 1, 3, 5), bias, 3),
+        ("shape", merge, z, qkv, weight[:4], bias, 3),
+        ("bias", merge, z, qkv, weight, bias[:4], 3),
+        ("window", merge, z, qkv, weight, bias, 0),
+        ("grad", merge + "_backward", torch.randn(2, 6, 6, 4), qkv, weight, 2, 3),
+        ("dtype", merge + "_backward", torch.randn(2, 6, 6, 8).half(), qkv, weight, 2, 3),
+        ("odd", merge + "_backward", torch.randn(2, 6, 6, 8), qkv, torch.randn(8, 1, 4, 4), 2, 3),
+    ]
+
+
+@on_devices
+@pytest.mark.parametrize("match, op, args", [(match, op, args) for match, op, *args in bad_inputs()])
+def test_bad_input_is_an_error_that_says_what_is_accepted(device, match, op, args):
+    with pytest.raises(RuntimeError, match=match):
+        getattr(ops, op)(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in args))
+
+
+@needs_cuda
+def test_mixed_devices():
+    qkv, z, weight, bias = torch.randn(2, 6, 6, 24), torch.randn(8, 2, 9, 4), torch.randn(8, 1, 3, 3), torch.randn(8)
+    with pytest.raises(RuntimeError, match="device"):
+        ops.window_merge_lim(z.cuda(), qkv, weight, bias, 3)
+    with pytest.raises(RuntimeError, match="device"):
+        ops.window_merge_lim(z.cuda(), qkv.cuda(), weight, bias, 3)
+
+
+def run(*command, **env):
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+
+def test_which_kernels_are_used():
+    assert "kernels: none" in run(sys.executable, "scalablevit.py", SCALABLEVIT_KERNELS="0").stdout
+    if HAVE:
+        assert f"kernels: {', '.join(HAVE)}" in run(sys.executable, "scalablevit.py").stdout
+
+
+def test_a_module_that_does_not_load_is_a_warning(tmp_path):
+    (tmp_path / "scalablevit_kernels.py").write_text("raise ImportError('undefined symbol')")
+    got = run(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+              "import scalablevit; print(scalablevit.KERNELS)", SCALABLEVIT_KERNELS="1")
+    assert got.stdout == "()\n" and "plain PyTorch is used" in got.stderr
+
+
+@needs_kernels
+def test_a_copy_of_the_file_beside_the_installed_one(tmp_path):
+    shutil.copy(scalablevit.__file__, tmp_path / "backbone.py")
+    got = run(sys.executable, "-c", f"import sys; sys.path.append({str(tmp_path)!r})\n"
+              "import scalablevit, backbone; print(backbone.KERNELS)")
+    assert got.stdout == f"{HAVE}\n", got.stderr
+
+
+@pytest.mark.parametrize("reason", ["PyTorch", "compiler"])
+def test_without_torch_or_a_compiler_the_python_module_is_installed(tmp_path, reason):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    env = {"PyTorch": {"PYTHONPATH": str(tmp_path)}, "compiler": {"CXX": "no-such-compiler"}}[reason]
+    got = run(sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), **env)
+    lines = [line for line in got.stderr.splitlines() if line.startswith("scalablevit:")]
+    assert got.returncode == 0 and len(lines) == 1 and reason in lines[0], got.stderr
+    assert [path.name for path in (tmp_path / "build").rglob("*.*")] == ["scalablevit.py"]
