@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -32,15 +33,21 @@ struct Vector {
 template <class A, int L>
 using Vec = typename Vector<A, L>::type;
 
+// A bfloat16 is the upper half of a float: L of them between zeros.
+template <int L, int... I>
+INLINED inline Vec<uint16_t, 2 * L> below_zeros(Vec<uint16_t, L> upper, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(upper, Vec<uint16_t, L>{}, (I % 2 ? I / 2 : L)...);
+}
+
 template <int L, class T>
 INLINED inline Vec<Sum<T>, L> load(const T* p) {
   Vec<Sum<T>, L> v;
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(&v, p, sizeof(v));
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the upper half of a float's bits
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     Vec<uint16_t, L> upper;
     std::memcpy(&upper, p, sizeof(upper));
-    const Vec<uint32_t, L> bits = __builtin_convertvector(upper, Vec<uint32_t, L>) << 16;
+    const auto bits = below_zeros<L>(upper, std::make_integer_sequence<int, 2 * L>());
     std::memcpy(&v, &bits, sizeof(v));
   } else {
     for (int i = 0; i < L; ++i) v[i] = p[i];
@@ -74,30 +81,41 @@ INLINED inline void for_blocks(int64_t d, F f) {
 
 // ---------------------------------------------------------------- window partition and its backward
 // A call to memcpy would cost more than the few dozen bytes that it copies.
-INLINED inline void copy(char* __restrict to, const char* __restrict from, int64_t size) {
+template <class Size>
+INLINED inline void copy_bytes(char* __restrict to, const char* __restrict from, Size bytes) {
+  int64_t size = bytes;
   for (; size >= 64; size -= 64, to += 64, from += 64) std::memcpy(to, from, 64);
   for (; size >= 16; size -= 16, to += 16, from += 16) std::memcpy(to, from, 16);
   for (; size > 0; size -= 2, to += 2, from += 2) std::memcpy(to, from, 2);
 }
 
 // Bytes are moved and no numbers computed: one function for all types.  Token by token, so that the map is one stream.
+// `size` is that of a head's d channels: int64_t, or a constant, with which `copy_bytes` is a few instructions.
+template <bool backward, class Size>
+INLINED inline void partition_strip(const Windows& g, const Strip& t, Size size, char* map, char* windows) {
+  char* token = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
+  for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i)
+    for (int64_t third = 0; third < 3; ++third) {
+      char* group = windows + g.group(third, t.window, 0, t.position + i) * size;
+      for (int64_t head = 0; head < g.heads; ++head, token += size, group += g.M * g.M * size) {
+        if (backward) copy_bytes(token, group, size);
+        else if (i < t.tokens) copy_bytes(group, token, size);
+        else std::memset(group, 0, size);
+      }
+    }
+}
+
 template <bool backward>
 VECTORISED void partition_strips(const Windows& g, int64_t itemsize, char* map, char* windows, int64_t begin,
                                  int64_t end) {
-  const int64_t size = g.d * itemsize, next_head = g.M * g.M * size;
-  for (int64_t s = begin; s < end; ++s) {
-    const Strip t = g.strip(s);
-    char* token = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
-    for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i)
-      for (int64_t third = 0; third < 3; ++third) {
-        char* group = windows + g.group(third, t.window, 0, t.position + i) * size;
-        for (int64_t head = 0; head < g.heads; ++head, token += size, group += next_head) {
-          if (backward) copy(token, group, size);
-          else if (i < t.tokens) copy(group, token, size);
-          else std::memset(group, 0, size);
-        }
-      }
-  }
+  const int64_t size = g.d * itemsize;
+  for (int64_t s = begin; s < end; ++s)
+    if (size == 64)
+      partition_strip<backward>(g, g.strip(s), std::integral_constant<int64_t, 64>(), map, windows);
+    else if (size == 128)
+      partition_strip<backward>(g, g.strip(s), std::integral_constant<int64_t, 128>(), map, windows);
+    else
+      partition_strip<backward>(g, g.strip(s), size, map, windows);
 }
 
 // ---------------------------------------------------------------- window merge + LIM and its backward

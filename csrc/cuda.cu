@@ -6,8 +6,8 @@
 //   16 bytes each.  A block takes a strip (windows.h), and its threads run along the strip's tokens and their channels:
 //   consecutive in the map, and consecutive in the windows for d channels at a time.
 // - A strip is found with 64-bit divisions, once per block.  Within it, counts fit in 32 bits and divisions are cheap.
-// - The convolution's neighbours are read straight from memory: k of each k² reads come from the thread's own row, and
-//   the others were or will be read by the block of the window's next row, so that the caches serve them.
+// - A thread reads the k² neighbours of its token straight from memory: other threads of the block, and the blocks of
+//   the rows above and below, read the same addresses at about the same time, so that the caches serve most of them.
 // - The weight's gradient is a sum over all tokens.  A block takes one part of the strips and 32 channels; a warp reads
 //   one token's 32 channels, the 8 warps take every eighth token, and keep a sum for each tap in registers.  The 8 sums
 //   are added in shared memory, and the parts by a second kernel, always in the same order: no atomics, and the same
@@ -15,6 +15,9 @@
 // - Nothing waits for the device and nothing is allocated: the kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -33,6 +36,16 @@ struct SumOf<double> {
 template <class T>
 using Sum = typename SumOf<T>::type;
 
+// By name, because PyTorch's build turns the implicit conversions off.
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ void narrow(float x, float& to) { to = x; }
+__device__ void narrow(double x, double& to) { to = x; }
+__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
+
 // V neighbouring channels, loaded and stored together.
 template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
@@ -47,7 +60,8 @@ __device__ void store(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
-int blocks(int64_t strips) { return strips < INT32_MAX ? static_cast<int>(strips) : INT32_MAX; }
+// Of a grid: the kernels loop where this is fewer than there is work for.
+int blocks(int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT32_MAX)); }
 
 // ---------------------------------------------------------------- window partition and its backward
 // Bytes are moved and no numbers computed, in words of 16 or 2 bytes; a head's d channels are `size` words.
@@ -95,12 +109,12 @@ __global__ void merge_lim_kernel(Windows g, int64_t k, const T* __restrict__ z, 
           if (row < 0 || row >= g.H || column < 0 || column >= g.W) continue;
           const auto w = load<V>(weight + (ky * k + kx) * C + c);
           const auto neighbour = load<V>(v + g.token(t.b, row, column) * 3 * C + c);
-          for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * static_cast<Sum<T>>(neighbour.x[u]);
+          for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);
         }
       const auto own = load<V>(z + t.window * z_strides.window + c / d * z_strides.head +
                                (t.position + i) * z_strides.position + c % d);
       Pack<T, V> result;
-      for (int u = 0; u < V; ++u) result.x[u] = static_cast<T>(sum.x[u] + static_cast<Sum<T>>(own.x[u]));
+      for (int u = 0; u < V; ++u) narrow(sum.x[u] + widen(own.x[u]), result.x[u]);
       store(out + g.token(t.b, t.y, x) * C + c, result);
     }
   }
@@ -130,10 +144,10 @@ __global__ void merge_lim_backward_kernel(Windows g, int64_t k, const T* __restr
           if (row < 0 || row >= g.H || column < 0 || column >= g.W) continue;
           const auto w = load<V>(weight + (ky * k + kx) * C + c);
           const auto neighbour = load<V>(grad + g.token(t.b, row, column) * C + c);
-          for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * static_cast<Sum<T>>(neighbour.x[u]);
+          for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);
         }
       Pack<T, V> dv;
-      for (int u = 0; u < V; ++u) dv.x[u] = static_cast<T>(sum.x[u]);
+      for (int u = 0; u < V; ++u) narrow(sum.x[u], dv.x[u]);
       T* dq = dqkv + token * 3 * C + c;
       store(dq, Pack<T, V>{});
       store(dq + C, Pack<T, V>{});
@@ -162,13 +176,13 @@ __global__ void parts_kernel(Windows g, int64_t k, const T* __restrict__ grad, c
           const int64_t i = n % g.M, x = t.x + i;
           if (i >= t.tokens) continue;
           const int64_t token = g.token(t.b, t.y, x);
-          const Sum<T> value = static_cast<Sum<T>>(v[token * 3 * C + c]);
+          const Sum<T> value = widen(v[token * 3 * C + c]);
 #pragma unroll
           for (int u = 0; u < batch; ++u) {
             const int64_t tap = first + u, row = t.y - tap / k + r, column = x - tap % k + r;
-            if (tap == taps) sum[u] += static_cast<Sum<T>>(grad[token * C + c]);
+            if (tap == taps) sum[u] += widen(grad[token * C + c]);
             else if (tap < taps && row >= 0 && row < g.H && column >= 0 && column < g.W)
-              sum[u] += value * static_cast<Sum<T>>(grad[g.token(t.b, row, column) * C + c]);
+              sum[u] += value * widen(grad[g.token(t.b, row, column) * C + c]);
           }
         }
 #pragma unroll
@@ -254,13 +268,12 @@ cudaError_t cuda::merge_lim_backward(const Windows& g, Type type, int64_t k, con
                                                          static_cast<const Sum<T>*>(weight), static_cast<T*>(dz),
                                                          static_cast<T*>(dqkv));
     }
-    const dim3 grid(cuda_parts, static_cast<unsigned>((C + 31) / 32 < 65535 ? (C + 31) / 32 : 65535));
+    const dim3 grid(cuda_parts, static_cast<unsigned>(std::min<int64_t>((C + 31) / 32, 65535)));
     parts_kernel<<<grid, dim3(32, warps), 0, stream>>>(g, k, static_cast<const T*>(grad),
                                                        static_cast<const T*>(qkv) + 2 * C,
                                                        static_cast<Sum<T>*>(parts));
-    total_kernel<<<static_cast<unsigned>(((taps + 1) * C + 127) / 128 < 65535 ? ((taps + 1) * C + 127) / 128 : 65535),
-                   128, 0, stream>>>(taps, C, static_cast<const Sum<T>*>(parts), static_cast<Sum<T>*>(dweight),
-                                     static_cast<Sum<T>*>(dbias));
+    total_kernel<<<blocks(((taps + 1) * C + threads - 1) / threads), threads, 0, stream>>>(
+        taps, C, static_cast<const Sum<T>*>(parts), static_cast<Sum<T>*>(dweight), static_cast<Sum<T>*>(dbias));
     return cudaGetLastError();
   });
 }
