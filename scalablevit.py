@@ -58,7 +58,7 @@ def attention(q, k, v, scale, mask=None):
 
 # ---------------------------------------------------------------------------- Kernels
 def load_kernels():
-    """Load the C++/CUDA extension (csrc/), if it is installed; returns the types of device that it has kernels for.
+    """The types of device that the C++/CUDA extension (csrc/) has kernels for; () if it is not installed.
 
     It makes `window_partition` and the end of `IWSA` one pass over memory each.  Their plain PyTorch form, beside each
     call, says what the kernels compute, and runs wherever there are none.  SCALABLEVIT_KERNELS=0 turns them off.
@@ -66,85 +66,13 @@ def load_kernels():
     if os.environ.get("SCALABLEVIT_KERNELS") == "0":
         return ()
     try:
-        import scalablevit_kernels
+        from scalablevit_kernels import devices
+        return devices
     except ModuleNotFoundError:
         return ()
     except ImportError as error:
         warnings.warn(f"plain PyTorch is used, since scalablevit_kernels was built for another PyTorch: {error}")
         return ()
-    if not hasattr(scalablevit_kernels, "registered"):             # another copy of this file may have done it
-        register_kernels()
-        scalablevit_kernels.registered = True
-    return scalablevit_kernels.devices
-
-
-def register_kernels():
-    """Tell PyTorch the operators' shapes, gradients and cost: for torch.compile, autograd and FlopCounterMode."""
-    from torch.library import register_autograd, register_fake
-    from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
-    ops = torch.ops.scalablevit
-
-    @register_fake("scalablevit::window_partition")
-    def _(qkv, heads, M):
-        B, H, W, C = qkv.shape
-        return qkv.new_empty(3, B * -(-H // M) * -(-W // M), heads, M * M, C // (3 * heads))
-
-    @register_fake("scalablevit::window_partition_backward")
-    def _(grad, H, W, M):
-        _, windows, heads, _, d = grad.shape
-        return grad.new_empty(windows // (-(-H // M) * -(-W // M)), H, W, 3 * heads * d)
-
-    @register_fake("scalablevit::window_merge_lim")
-    def _(z, qkv, weight, bias, M):
-        return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-
-    @register_fake("scalablevit::window_merge_lim_backward")
-    def _(grad, qkv, weight, heads, M):
-        B, H, W, C = grad.shape
-        dz = grad.new_empty(B * -(-H // M) * -(-W // M), heads, M * M, C // heads)
-        return dz, qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C)
-
-    def save_partition(ctx, inputs, output):
-        qkv, _, M = inputs
-        ctx.args = *qkv.shape[1:3], M
-
-    def partition_backward(ctx, grad):
-        return ops.window_partition_backward(grad, *ctx.args), None, None
-
-    def save_partition_backward(ctx, inputs, output):
-        grad, _, _, M = inputs
-        ctx.args = grad.shape[2], M
-
-    def partition_backward_backward(ctx, grad):
-        return ops.window_partition(grad, *ctx.args), None, None, None
-
-    def save_merge_lim(ctx, inputs, output):
-        z, qkv, weight, _, M = inputs
-        ctx.save_for_backward(qkv, weight)
-        ctx.args = z.shape[1], M
-
-    def merge_lim_backward(ctx, grad):
-        return *ops.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.args), None
-
-    def merge_lim_backward_backward(ctx, *grads):
-        raise NotImplementedError("the kernels have no second derivative of LIM: set SCALABLEVIT_KERNELS=0")
-
-    register_autograd("scalablevit::window_partition", partition_backward, setup_context=save_partition)
-    register_autograd("scalablevit::window_partition_backward", partition_backward_backward,
-                      setup_context=save_partition_backward)
-    register_autograd("scalablevit::window_merge_lim", merge_lim_backward, setup_context=save_merge_lim)
-    register_autograd("scalablevit::window_merge_lim_backward", merge_lim_backward_backward)
-
-    @register_flop_formula(ops.window_merge_lim)                   # what PyTorch counts for the convolution in LIM
-    def _(z, qkv, weight, bias, M, out_shape, **_):
-        B, H, W, C = out_shape
-        return conv_flop((B, C, H, W), weight, None, None, None, None, False, out_val=(B, C, H, W))
-
-    @register_flop_formula(ops.window_merge_lim_backward)
-    def _(grad, qkv, weight, heads, M, out_shape, **_):
-        B, H, W, C = grad
-        return conv_backward_flop((B, C, H, W), (B, C, H, W), weight, None, None, None, None, False, None, C,
-                                  (True, True, True), out_val=((B, C, H, W), weight, (C,)))
 
 
 KERNELS = load_kernels()

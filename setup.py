@@ -35,10 +35,11 @@ def extension():
     openmp = ["-fopenmp"] if sys.platform == "linux" else []       # what at::parallel_for runs on
     sources = ["csrc/ops.cpp", "csrc/cpu.cpp"] + (["csrc/cuda.cu"] if cuda else [])
     module = (CUDAExtension if cuda else CppExtension)(
-        "scalablevit_kernels", sources, depends=glob.glob("csrc/*.h"),
+        "scalablevit_kernels._C", sources, depends=glob.glob("csrc/*.h"),
         define_macros=[("WITH_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": ["-O3", "-Wno-psabi", *openmp], "nvcc": ["-O3"]}, extra_link_args=openmp)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension, "sdist": SourceDist}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension, "sdist": SourceDist},
+            "packages": ["scalablevit_kernels"], "package_dir": {"scalablevit_kernels": "csrc"}}
 
 
 setup(
