@@ -93,11 +93,13 @@ INLINED inline void copy_bytes(char* __restrict to, const char* __restrict from,
 // `size` is that of a head's d channels: int64_t, or a constant, with which `copy_bytes` is a few instructions.
 template <bool backward, class Size>
 INLINED inline void partition_strip(const Windows& g, const Strip& t, Size size, char* map, char* windows) {
+  const int64_t next_head = g.M * g.M * size, next_third = g.count() * g.heads * next_head;
   char* token = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
-  for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i)
+  char* first = windows + g.group(0, t.window, 0, t.position) * size;
+  for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i, first += size)
     for (int64_t third = 0; third < 3; ++third) {
-      char* group = windows + g.group(third, t.window, 0, t.position + i) * size;
-      for (int64_t head = 0; head < g.heads; ++head, token += size, group += g.M * g.M * size) {
+      char* group = first + third * next_third;
+      for (int64_t head = 0; head < g.heads; ++head, token += size, group += next_head) {
         if (backward) copy_bytes(token, group, size);
         else if (i < t.tokens) copy_bytes(group, token, size);
         else std::memset(group, 0, size);
@@ -133,6 +135,7 @@ INLINED inline void merge_lim_strip(const Windows& g, const Strip& t, K k, const
   const int64_t ky_begin = std::max<int64_t>(0, r - t.y), ky_end = std::min<int64_t>(k, g.H + r - t.y);
   for (int64_t i = 0; i < t.tokens; i += tile) {
     const int64_t x = t.x + i, tokens = std::min<int64_t>(tile, t.tokens - i);
+    const bool inside = x >= r && x + tile + r <= g.W;
     for (int64_t head = 0; head < g.heads; ++head)
       for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
         constexpr int L = lanes;
@@ -142,16 +145,19 @@ INLINED inline void merge_lim_strip(const Windows& g, const Strip& t, K k, const
         // The next strip is the one below: ask for the row that is new to it.
         if (ky_end == k && t.y + r + 1 < g.H)
           for (int u = 0; u < tile; ++u) __builtin_prefetch(v + g.token(t.b, t.y + r + 1, x + u) * 3 * C + c);
-        for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
-          const T* row = v + g.token(t.b, t.y + ky - r, 0) * 3 * C + c;
-          for (int64_t kx = 0; kx < k; ++kx) {
-            const auto w = load<L>(weight + (ky * k + kx) * C + c);
-            for (int u = 0; u < tile; ++u) {
-              const int64_t column = x + u + kx - r;
-              sum[u] += w * load<L>(column >= 0 && column < g.W ? row + column * 3 * C : zeros<T>);
+        const auto convolve = [&](auto inside) INLINED {
+          for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+            const int64_t row = g.token(t.b, t.y + ky - r, x - r) * 3 * C + c;
+            for (int64_t i = 0; i < tile + k - 1; ++i) {           // the columns that the tile's outputs see
+              if (!inside && (x - r + i < 0 || x - r + i >= g.W)) continue;
+              const auto neighbour = load<L>(v + row + i * 3 * C);
+              for (int64_t kx = 0; kx < k; ++kx)
+                if (i - kx >= 0 && i - kx < tile) sum[i - kx] += load<L>(weight + (ky * k + kx) * C + c) * neighbour;
             }
           }
-        }
+        };
+        if (inside) convolve(std::true_type());
+        else convolve(std::false_type());
         const T* from = z + t.window * z_strides.window + head * z_strides.head + (t.position + i) * z_strides.position + j;
         T* to = out + g.token(t.b, t.y, x) * C + c;
         for (int u = 0; u < tile; ++u)
@@ -182,6 +188,7 @@ INLINED inline void merge_lim_backward_strip(const Windows& g, const Strip& t, K
     std::fill_n(dz + (g.group(0, t.window, head, t.position) + t.tokens) * g.d, (g.M - t.tokens) * g.d, T(0));
   for (int64_t i = 0; i < t.tokens; i += tile) {
     const int64_t x = t.x + i, tokens = std::min<int64_t>(tile, t.tokens - i), token = g.token(t.b, t.y, x);
+    const bool inside = x >= r && x + tile + r <= g.W;
     for (int64_t u = 0; u < tokens; ++u) std::fill_n(dqkv + (token + u) * 3 * C, 2 * C, T(0));
     for (int64_t head = 0; head < g.heads; ++head)
       for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
@@ -189,21 +196,23 @@ INLINED inline void merge_lim_backward_strip(const Windows& g, const Strip& t, K
         const int64_t c = head * g.d + j;
         Vec<Sum<T>, L> value[tile], dv[tile] = {};
         for (int u = 0; u < tile; ++u) value[u] = load<L>(u < tokens ? v + (token + u) * 3 * C + c : zeros<T>);
-        for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
-          const T* row = grad + g.token(t.b, t.y - ky + r, 0) * C + c;
-          for (int64_t kx = 0; kx < k; ++kx) {
-            const int64_t tap = (ky * k + kx) * C + c;
-            const auto w = load<L>(weight + tap);
-            auto dw = load<L>(dweight + tap);
-            for (int u = 0; u < tile; ++u) {
-              const int64_t column = x + u - kx + r;
-              const auto neighbour = load<L>(column >= 0 && column < g.W ? row + column * C : zeros<T>);
-              dv[u] += w * neighbour;
-              dw += value[u] * neighbour;
+        const auto convolve = [&](auto inside) INLINED {
+          for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
+            const int64_t row = g.token(t.b, t.y - ky + r, x - r) * C + c;
+            for (int64_t i = 0; i < tile + k - 1; ++i) {
+              if (!inside && (x - r + i < 0 || x - r + i >= g.W)) continue;
+              const auto neighbour = load<L>(grad + row + i * C);
+              for (int64_t kx = 0; kx < k; ++kx) {
+                const int64_t u = i - (k - 1 - kx), tap = (ky * k + kx) * C + c;
+                if (u < 0 || u >= tile) continue;
+                dv[u] += load<L>(weight + tap) * neighbour;
+                store<L>(dweight + tap, load<L>(dweight + tap) + value[u] * neighbour);
+              }
             }
-            store<L>(dweight + tap, dw);
           }
-        }
+        };
+        if (inside) convolve(std::true_type());
+        else convolve(std::false_type());
         T* dz_group = dz + g.group(0, t.window, head, t.position + i) * g.d + j;
         auto dbias = load<L>(dweight + k * k * C + c);
         for (int u = 0; u < tile; ++u)
