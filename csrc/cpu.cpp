@@ -148,17 +148,19 @@ INLINED inline void merge_lim_strip(const Windows& g, const Strip& t, K k, const
         const auto convolve = [&](auto inside) INLINED {
           for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
             const int64_t row = g.token(t.b, t.y + ky - r, x - r) * 3 * C + c;
-            for (int64_t i = 0; i < tile + k - 1; ++i) {           // the columns that the tile's outputs see
-              if (!inside && (x - r + i < 0 || x - r + i >= g.W)) continue;
-              const auto neighbour = load<L>(v + row + i * 3 * C);
-              for (int64_t kx = 0; kx < k; ++kx)
-                if (i - kx >= 0 && i - kx < tile) sum[i - kx] += load<L>(weight + (ky * k + kx) * C + c) * neighbour;
+            for (int64_t kx = 0; kx < k; ++kx) {
+              const auto w = load<L>(weight + (ky * k + kx) * C + c);
+              for (int u = 0; u < tile; ++u) {
+                const int64_t column = x - r + u + kx;
+                sum[u] += w * load<L>(inside || (column >= 0 && column < g.W) ? v + row + (u + kx) * 3 * C : zeros<T>);
+              }
             }
           }
         };
         if (inside) convolve(std::true_type());
         else convolve(std::false_type());
-        const T* from = z + t.window * z_strides.window + head * z_strides.head + (t.position + i) * z_strides.position + j;
+        const T* from =
+            z + t.window * z_strides.window + head * z_strides.head + (t.position + i) * z_strides.position + j;
         T* to = out + g.token(t.b, t.y, x) * C + c;
         for (int u = 0; u < tile; ++u)
           if (u < tokens) store<L>(to + u * C, sum[u] + load<L>(from + u * z_strides.position));
@@ -198,16 +200,19 @@ INLINED inline void merge_lim_backward_strip(const Windows& g, const Strip& t, K
         for (int u = 0; u < tile; ++u) value[u] = load<L>(u < tokens ? v + (token + u) * 3 * C + c : zeros<T>);
         const auto convolve = [&](auto inside) INLINED {
           for (int64_t ky = ky_begin; ky < ky_end; ++ky) {
-            const int64_t row = g.token(t.b, t.y - ky + r, x - r) * C + c;
-            for (int64_t i = 0; i < tile + k - 1; ++i) {
-              if (!inside && (x - r + i < 0 || x - r + i >= g.W)) continue;
-              const auto neighbour = load<L>(grad + row + i * C);
-              for (int64_t kx = 0; kx < k; ++kx) {
-                const int64_t u = i - (k - 1 - kx), tap = (ky * k + kx) * C + c;
-                if (u < 0 || u >= tile) continue;
-                dv[u] += load<L>(weight + tap) * neighbour;
-                store<L>(dweight + tap, load<L>(dweight + tap) + value[u] * neighbour);
+            const int64_t row = g.token(t.b, t.y - ky + r, x + r) * C + c;
+            for (int64_t kx = 0; kx < k; ++kx) {
+              const int64_t tap = (ky * k + kx) * C + c;
+              const auto w = load<L>(weight + tap);
+              auto dw = load<L>(dweight + tap);
+              for (int u = 0; u < tile; ++u) {
+                const int64_t column = x + r + u - kx;
+                const auto neighbour =
+                    load<L>(inside || (column >= 0 && column < g.W) ? grad + row + (u - kx) * C : zeros<T>);
+                dv[u] += w * neighbour;
+                dw += value[u] * neighbour;
               }
+              store<L>(dweight + tap, dw);
             }
           }
         };
