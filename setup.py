@@ -14,10 +14,10 @@ from setuptools.command.sdist import sdist
 
 
 class SourceDist(sdist):
-    """A source distribution has csrc/, wherever it was made."""
+    """A source distribution has csrc/ and tests/, wherever it was made."""
 
     def make_release_tree(self, base_dir, files):
-        super().make_release_tree(base_dir, sorted({*files, *glob.glob("csrc/*")}))
+        super().make_release_tree(base_dir, sorted({*files, *glob.glob("csrc/*"), *glob.glob("tests/*.*")}))
 
 
 def extension():
