@@ -19,7 +19,7 @@ import pickle
 import random
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # threads that wait sleep: who reads the images needs the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # a thread that waits sleeps: much faster where the cores are shared
 
 import numpy as np
 import torch
@@ -232,7 +232,8 @@ def parse_args():
     add("--resume", action="store_true", help="go on from last.pt in --output")
     add("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
     add("--init", type=pathlib.Path, metavar="FILE", help="weights to start from: of this program, or published ones")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that read images (default: %(default)s)")
+    add("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
+        help="processes that read images (default: %(default)s; without a GPU none, so that training has the cores)")
     add = parser.add_argument_group("settings (defaults: at the top of this file)").add_argument
     add("--data", metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: a data set drawn into --output)")
     add("--model", choices=SETTINGS, help="the size of the network")
