@@ -102,9 +102,10 @@ class PatchEmbed(nn.Module):
 class SSA(nn.Module):
     """Scalable (multi-head) Self-Attention, Section 3.2: every token attends to a map scaled by r_n and r_c.
 
-    Z' = Softmax(Q' K'^T / sqrt(d_k')) V'                                                   (2)
+    Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
 
+    (The paper prints f_v(V); its text and code take X.)
     f_k and f_v share one reduction, a depthwise s x s convolution of stride s = sqrt(1/r_n) and a 1x1 convolution
     to C' = int(C r_c) channels, LayerNorm and GELU; a linear layer each follows.  A map that s does not divide is
     padded with zeros right and bottom, so that no token is dropped.  With r_n = 1 there is nothing to scale: as in
@@ -315,7 +316,10 @@ class IWSA(WSA):
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position encoding generator (Section 3.4): x + depthwise 3x3 convolution, whose zero padding tells positions."""
+    """Position encoding generator (Section 3.4): x + depthwise 3x3 convolution, whose zero padding tells positions.
+
+    The paper speaks of fixed weights; the published models have learned ones, and so has this.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -428,16 +432,22 @@ class ScalableViT(nn.Module):
                  drop_path_rate=0.0, peg=True, pattern=("iwsa", "ssa"), head_hidden=4096):
         super().__init__()
         per_stage = {"depths": depths, "heads": heads, "rc": rc, "rn": rn}
-        if len(set(map(len, per_stage.values()))) != 1 or not depths:
-            raise ValueError("depths, heads, rc and rn must have one entry per stage each, got "
-                             + ", ".join(f"{name}={tuple(value)}" for name, value in per_stage.items()))
-        if len(pattern) != 2 or not set(pattern) <= set(ATTENTION):
+        if not all(isinstance(value, (list, tuple)) and len(value) == len(depths) > 0 for value in per_stage.values()):
+            raise ValueError("depths, heads, rc and rn must be lists with one entry per stage each, got "
+                             + ", ".join(f"{name}={value!r}" for name, value in per_stage.items()))
+        if not isinstance(pattern, (list, tuple)) or len(pattern) != 2 or not all(kind in [*ATTENTION] for kind in pattern):
             raise ValueError(f"pattern must be two of {', '.join(ATTENTION)}, got {pattern!r}")
-        for name, value in dict(in_chans=in_chans, dim=dim, window=window, depths=min(depths), heads=min(heads)).items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+        integers = {"in_chans": [in_chans], "dim": [dim], "window": [window], "depths": depths, "heads": heads,
+                    "head_hidden": [1 if head_hidden is None else head_hidden]}
+        for name, value in [(name, value) for name, values in integers.items() for value in values]:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer and at least 1, got {value!r}")
+        numbers = {"rc": rc, "rn": rn, "mlp_ratio": [mlp_ratio]}
+        for name, value in [(name, value) for name, values in numbers.items() for value in values]:
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number{' (rn: 1/integer²)' * (name == 'rn')}, got {value!r}")
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}")
 
         self.in_chans, self.head_hidden = in_chans, head_hidden
         self.stages = nn.ModuleList()
@@ -460,8 +470,8 @@ class ScalableViT(nn.Module):
 
     def reset_classifier(self, num_classes):
         """Put a freshly initialised head of the same form in place, for num_classes classes (0: none)."""
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer, 0 (no classifier) or more, got {num_classes!r}")
         self.num_classes, C, hidden = num_classes, self.num_features, self.head_hidden
         if num_classes == 0:
             self.head = nn.Identity()
@@ -474,8 +484,9 @@ class ScalableViT(nn.Module):
 
     def forward_features(self, images):
         """Images (B, in_chans, H, W) -> one map per stage, (B, C_i, ⌈H/s⌉, ⌈W/s⌉) with s = 4, 8, 16, 32."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != self.in_chans or min(images.shape[2:]) < 1:
+            raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), H and W at least 1, "
+                             f"got {tuple(images.shape)}")
         x, maps = to_tokens(images), []                                                 # (B, H, W, in_chans)
         for stage in self.stages:
             x = stage(x)                                                                # (B, H_i, W_i, C_i)
@@ -549,7 +560,7 @@ def convert_official(state_dict):
     """
     converted = {}
     for key, tensor in state_dict.items():
-        layer, _, parameter = key.rpartition(".")
+        layer, _, parameter = str(key).rpartition(".")
         for theirs, ours in OFFICIAL_NAMES:
             match = re.fullmatch(theirs, layer)
             if match and parameter in ("weight", "bias"):
@@ -568,11 +579,14 @@ def convert_official(state_dict):
 def count_macs(model, size):
     """Multiply-accumulates of one image of `size` (H, W), in closed form: nothing is run.
 
+    Raises ValueError for a size that is not two positive integers.
     Returns {"modules": convolutions and linear layers, which is what the paper calls FLOPs,
              "attention": the products Q K^T and A V, which the paper leaves out}.
     Windows and reductions that the border cuts count their real tokens, not padding.
     """
-    modules, attention, size = 0, 0, tuple(size)
+    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"size must be two positive integers (H, W), got {size!r}")
+    modules, attention = 0, 0
     for stage in model.stages:
         size = stage.embed.out_size(*size)
         m, a = stage.macs(*size)
@@ -591,8 +605,8 @@ def main():
     for name, paper in table2.items():
         with torch.device("meta"):                                                      # shapes without memory
             model = globals()[f"scalablevit_{name}"]()
-        print(f"ScalableViT-{name.upper() if name != 'tiny' else name} at {H}x{W}"
-              f"{'':10}{'output':>16}{'parameters':>16}{'MACs':>10}{'+ attention':>14}")
+        print(f"{f'scalablevit_{name} at {H}x{W}':<24}{'output':>16}{'parameters':>14}"
+              f"{'modules':>12}{'QK^T, AV':>12}{'together':>12}   (MACs)")
         size, rows = (H, W), []
         for i, stage in enumerate(model.stages):
             size = stage.embed.out_size(*size)
@@ -603,13 +617,14 @@ def main():
         rows.append(("norm, head", f"{model.num_classes}", parameters - sum(row[2] for row in rows),
                      total["modules"] - sum(row[3] for row in rows), 0))
         rows.append(("in all", "", parameters, total["modules"], total["attention"]))
-        for label, shape, params, modules, attention in rows:
-            print(f"  {label:<30}{shape:>14}{params:>16,}{modules / 1e9:>9.3f}G{attention / 1e9:>13.3f}G")
-        print(f"  paper, Table 2 (224x224): {paper}\n")
-    print("The paper's FLOPs are the multiply-accumulates of convolutions and linear layers (column MACs); they leave out\n"
-          "the two matrix products of attention, QK^T and AV (column + attention), norms, activations and additions.\n"
-          "The published code of L has 109.3M parameters where Table 2 prints 104M.\n"
-          f"kernels: {', '.join(KERNELS) or 'none, plain PyTorch'}")
+        for label, shape, params, modules, attended in rows:
+            print(f"  {label:<22}{shape:>16}{params:>14,}{modules / 1e9:>11.3f}G{attended / 1e9:>11.3f}G"
+                  f"{(modules + attended) / 1e9:>11.3f}G")
+        print(f"  paper, Table 2 at 224x224: {paper}\n")
+    print("The paper's FLOPs are the multiply-accumulates of convolutions and linear layers (modules).  They leave out the\n"
+          "two matrix products of attention, QK^T and AV, as well as norms, activations and additions.  For B and L that\n"
+          "gives Table 2's figures; for S it gives 4.09G where Table 2 has 4.2G.  Of L, Table 2 prints 104M parameters; the\n"
+          f"published code, and so this one, has 109.3M.\nkernels: {', '.join(KERNELS) or 'none, plain PyTorch'}")
 
 
 if __name__ == "__main__":

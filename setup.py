@@ -14,10 +14,10 @@ from setuptools.command.sdist import sdist
 
 
 class SourceDist(sdist):
-    """A source distribution has csrc/ and tests/, wherever it was made."""
+    """A source distribution has all that is needed to build, test and train."""
 
     def make_release_tree(self, base_dir, files):
-        super().make_release_tree(base_dir, sorted({*files, *glob.glob("csrc/*"), *glob.glob("tests/*.*")}))
+        super().make_release_tree(base_dir, sorted({*files, "train_minimal.py", *glob.glob("csrc/*.*"), *glob.glob("tests/*.*")}))
 
 
 def extension():
@@ -31,7 +31,11 @@ def extension():
     if reason:
         print(f"scalablevit: pure Python, without the C++/CUDA kernels: {reason}", file=sys.stderr)
         return {}
-    cuda = CUDA_HOME and torch.version.cuda and (torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1")
+    force_cuda = os.environ.get("FORCE_CUDA") == "1"
+    cuda = CUDA_HOME and torch.version.cuda and (torch.cuda.is_available() or force_cuda)
+    if force_cuda and not cuda:
+        print("scalablevit: kernels for the CPU only: FORCE_CUDA=1 needs a CUDA build of PyTorch and a CUDA toolkit",
+              file=sys.stderr)
     openmp = ["-fopenmp"] if sys.platform == "linux" else []       # what at::parallel_for runs on
     sources = ["csrc/ops.cpp", "csrc/cpu.cpp"] + (["csrc/cuda.cu"] if cuda else [])
     module = (CUDAExtension if cuda else CppExtension)(

@@ -42,6 +42,9 @@ SETTINGS = {
     "l": dict(**PAPER, drop_path_rate=0.5),
 }
 DRAWN = dict(size=56, epochs=9, warmup_epochs=1, min_scale=0.5)       # instead, on the data set that is drawn here
+RANGES = [("size", 1, 4096), ("epochs", 1, 10 ** 6), ("warmup_epochs", 0, 10 ** 6), ("global_batch", 1, 10 ** 6),
+          ("batch", 1, 10 ** 6), ("base_lr", 1e-12, 10), ("lr", 1e-12, 10), ("weight_decay", 0, 10), ("clip", 1e-6, 10 ** 6),
+          ("label_smoothing", 0, 0.99), ("drop_path_rate", 0, 0.99), ("min_scale", 1e-4, 1)]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)              # of ImageNet, RGB in [0, 1]
 
 
@@ -103,7 +106,7 @@ def draw_data_set(root, train=400, val=100):
 # ---------------------------------------------------------------------------- images
 def class_names(root):
     """The sorted names of root's folders."""
-    names = sorted(d.name for d in root.iterdir() if d.is_dir()) if root.is_dir() else []
+    names = sorted(d.name for d in root.iterdir() if d.is_dir() and d.name[0] != ".") if root.is_dir() else []
     if not names:
         raise SystemExit(f"{root} must be a folder with one folder of images per class")
     return names
@@ -118,7 +121,7 @@ class ImageFolder(Dataset):
             raise SystemExit(f"{root} has the class {min(unknown)!r}, not among the {len(classes)} trained ones")
         extensions = Image.registered_extensions()
         self.items = [(path, i) for i, name in enumerate(classes) for path in sorted((root / name).rglob("*"))
-                      if path.suffix.lower() in extensions]
+                      if path.suffix.lower() in extensions and path.name[0] != "."]
         if not self.items:
             raise SystemExit(f"no images in {root}/CLASS/")
         self.transform = transform
@@ -168,25 +171,34 @@ def load(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments as well
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "model" not in checkpoint:
-            checkpoint = {"model": checkpoint}
-        if "patch_embeds.0.proj.weight" in checkpoint["model"]:
-            checkpoint = {"model": scalablevit.convert_official(checkpoint["model"])}
-        return checkpoint
-    except (OSError, EOFError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"cannot load {path}: {str(error).splitlines()[0]}") from None
+    except pickle.UnpicklingError:
+        raise SystemExit(f"cannot load {path}: it is no checkpoint, or holds more than tensors and plain values") from None
+    except (OSError, EOFError, RuntimeError) as error:
+        raise SystemExit(f"cannot load {path}: {(str(error) or 'it is empty').splitlines()[0]}") from None
+    if isinstance(checkpoint, dict) and "model" not in checkpoint:
+        checkpoint = {"model": checkpoint}
+    weights = isinstance(checkpoint, dict) and checkpoint["model"]
+    if not (isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values())):
+        raise SystemExit(f"cannot load {path}: it is neither a state dict nor a dictionary with one as its 'model'")
+    if "patch_embeds.0.proj.weight" in weights:
+        try:
+            checkpoint = {"model": scalablevit.convert_official(weights)}
+        except ValueError as error:
+            raise SystemExit(f"cannot load {path}: {error}") from None
+    return checkpoint
 
 
-def load_weights(model, weights, whole):
+def load_weights(model, weights, name, whole):
     """Unless `whole`, a head that does not fit (one for other classes) is left as it was initialised."""
     own = model.state_dict()
-    wrong = [name for name in {**own, **weights}
-             if name not in own or name not in weights or own[name].shape != weights[name].shape]
-    if wrong and (whole or not all(name.startswith("head.") for name in wrong)):
-        raise SystemExit(f"the weights do not fit the model: {len(wrong)} parameters differ, {wrong[0]!r} is one")
+    wrong = [key for key in {**own, **weights}
+             if key not in own or key not in weights or own[key].shape != weights[key].shape]
+    if wrong and (whole or not all(key.startswith("head.") for key in wrong)):
+        raise SystemExit(f"the weights do not fit scalablevit_{name} with {model.num_classes} classes (--model, --data): "
+                         f"{len(wrong)} parameters differ, {wrong[0]!r} is one")
     if wrong:
         say("the weights have a head for other classes: training a fresh one")
-    model.load_state_dict(own | {name: weights[name] for name in weights if name not in wrong})
+    model.load_state_dict(own | {key: weights[key] for key in weights if key not in wrong})
 
 
 # ---------------------------------------------------------------------------- training
@@ -238,23 +250,29 @@ def parse_args():
     add("--data", metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: a data set drawn into --output)")
     add("--model", choices=SETTINGS, help="the size of the network")
     add("--size", type=int, help="of the square images, in pixels")
-    add("--epochs", type=int)
-    add("--warmup-epochs", type=float)
+    add("--epochs", type=int, help="times through the training images, in all")
+    add("--warmup-epochs", type=float, help="in which the learning rate rises")
     add("--global-batch", type=int, help="images per update, over all processes")
     add("--batch", type=int, help="images at a time in one process, at most; gradients add up to the global batch")
     add("--base-lr", type=float, help="peak learning rate at the default global batch, scaled linearly to another")
     add("--lr", type=float, help="peak learning rate, as it is")
-    add("--weight-decay", type=float)
-    add("--label-smoothing", type=float)
+    add("--weight-decay", type=float, help="of AdamW; none on biases, norms and the PEG")
+    add("--label-smoothing", type=float, help="share of a label that is spread over all classes")
     add("--clip", type=float, help="largest norm of the gradient")
-    add("--drop-path-rate", type=float)
+    add("--drop-path-rate", type=float, help="stochastic depth of the last block")
     add("--min-scale", type=float, help="smallest share of an image's area that a training crop takes")
     add("--bf16", action=argparse.BooleanOptionalAction, help="autocast to bfloat16 (default: on a GPU)")
-    add("--seed", type=int)
+    add("--seed", type=int, help="of the initialisation, the order of images and their crops")
     args = parser.parse_args()
 
+    if args.workers < 0:
+        parser.error(f"--workers must be 0 or more, got {args.workers}")
     if (args.resume or args.eval and not args.init) and not args.output:
         parser.error("--resume and --eval need --output, the folder of a run (or --eval --init FILE)")
+    if args.resume and (args.eval or args.init):
+        parser.error("--resume goes with neither --eval nor --init")
+    if args.resume and not (args.output / "last.pt").exists():
+        parser.error(f"{args.output} has no last.pt, since no epoch of that run was finished: start again without --resume")
     if args.output and not (args.resume or args.eval) and (args.output / "last.pt").exists():
         parser.error(f"{args.output} holds a run: --resume goes on with it; or choose another --output")
     start = args.output / "last.pt" if args.resume else args.init or args.eval and args.output / "best.pt"
@@ -269,6 +287,10 @@ def parse_args():
     settings = argparse.Namespace(**{**SETTINGS[settings["model"]], **({} if settings["data"] else DRAWN), **settings})
     if args.eval and not (settings.data or args.output):
         parser.error("--eval --init FILE needs --data")
+    for name, low, high in RANGES:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     return args, settings, checkpoint
 
 
@@ -281,7 +303,10 @@ def main():
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    run(args, settings, checkpoint, world, rank, device)
+    try:
+        run(args, settings, checkpoint, world, rank, device)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume goes on from the last epoch that was finished") from None
     if world > 1:
         dist.destroy_process_group()
 
@@ -312,17 +337,21 @@ def run(args, settings, checkpoint, world, rank, device):
     # Model
     torch.manual_seed(settings.seed)
     weights = checkpoint.get("model", {})
-    plain_head = {"head_hidden": None} if args.eval and "head.weight" in weights else {}
+    plain_head = {"head_hidden": None} if "head.weight" in weights else {}      # the published models come with either
     model = getattr(scalablevit, f"scalablevit_{settings.model}")(
-        num_classes=len(classes), drop_path_rate=settings.drop_path_rate, **plain_head).to(device)
-    if weights:
-        load_weights(model, weights, whole=args.eval or args.resume)
+        num_classes=len(classes), drop_path_rate=settings.drop_path_rate, **plain_head)
+    if checkpoint:
+        load_weights(model, weights, settings.model, whole=args.eval or args.resume)
+    model = model.to(device, memory_format=torch.channels_last)
     if args.eval:
         say(f"val top-1 {evaluate(model, val_loader, device, bf16):.2f} % of {len(val_set)} images")
         return
 
     train_set = ImageFolder(data / "train", classes, functools.partial(
         random_resized_crop, size=settings.size, min_scale=settings.min_scale))
+    empty = set(range(len(classes))) - {label for _, label in train_set.items}
+    if empty:
+        raise SystemExit(f"{data / 'train' / classes[min(empty)]} has no images")
     global_batch = min(settings.global_batch, len(train_set))
     accumulate = math.ceil(global_batch / (world * settings.batch))             # backward passes per update
     batch = max(global_batch // (world * accumulate), 1)                        # images in each of them
@@ -335,7 +364,7 @@ def run(args, settings, checkpoint, world, rank, device):
     exempt = model.no_weight_decay()
     groups = [{"params": [p for name, p in model.named_parameters() if name not in exempt]},
               {"params": [p for name, p in model.named_parameters() if name in exempt], "weight_decay": 0.0}]
-    lr = settings.lr or settings.base_lr * global_batch / SETTINGS[settings.model]["global_batch"]
+    lr = settings.lr if settings.lr is not None else settings.base_lr * global_batch / SETTINGS[settings.model]["global_batch"]
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.weight_decay, fused=True)
     log, first = [], 0                                                          # one dictionary per epoch
     if args.resume:

@@ -33,7 +33,7 @@ def _(z, qkv, weight, bias, M):
 def _(grad, qkv, weight, heads, M):
     B, H, W, C = grad.shape
     dz = grad.new_empty(B * -(-H // M) * -(-W // M), heads, M * M, C // heads)
-    return dz, qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C)
+    return dz, qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(C)
 
 
 def save_partition(ctx, inputs, output):

@@ -1,5 +1,5 @@
 // The operators torch.ops.scalablevit.*: schemas, checks of what comes in, tensors for what goes out.
-// What they compute is in scalablevit.py, in plain PyTorch; their autograd and fake forms are there too.
+// What they compute is in scalablevit.py, in plain PyTorch; their autograd and fake forms are in __init__.py beside this.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <pybind11/pybind11.h>
@@ -34,7 +34,8 @@ void check_same(const char* a_name, const Tensor& a, const char* b_name, const T
 }
 
 Windows windows_of(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t M) {
-  TORCH_CHECK(H >= 1 && W >= 1, "the map must have at least one row and one column, got H=", H, ", W=", W);
+  TORCH_CHECK(H >= 1 && W >= 1 && H < (1LL << 31) && W < (1LL << 31),
+              "the map must have at least one row and one column, and fewer than 2^31 of each, got H=", H, ", W=", W);
   // Within a strip the GPU counts 2-byte words in 32 bits, and a float64 has four of them.
   TORCH_CHECK(M >= 1 && M < (1 << 15) && 3 * heads * d < (1 << 29) / M,
               "window must be at least 1, below 2^15, and window · 3C below 2^29, got window=", M, " and 3C=", 3 * heads * d);
@@ -159,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
 #endif
     cpu::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), taps.data_ptr(), dz.data_ptr(),
                             dqkv.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
-  return {dz, dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+  return {dz, dqkv, at::empty_like(weight).copy_(dweight), dbias.to(weight.scalar_type())};  // laid out as the weight is
 }
 
 void implement(torch::Library& m) {

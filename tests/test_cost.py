@@ -133,10 +133,11 @@ def test_the_command_prints_what_count_macs_counts():
         result = command(*arguments)
         assert result.returncode == 0 and result.stderr == ""
         cost = count_macs(model, size)
-        table = result.stdout[result.stdout.index("ScalableViT-S at"):result.stdout.index("ScalableViT-B at")]
-        assert f"ScalableViT-S at {size[0]}x{size[1]}" in table
+        table = result.stdout[result.stdout.index("scalablevit_s at"):result.stdout.index("scalablevit_b at")]
+        assert f"scalablevit_s at {size[0]}x{size[1]}" in table
         total = next(line for line in table.splitlines() if "in all" in line).split()
-        assert total[-3:] == ["32,000,472", f"{cost['modules'] / 1e9:.3f}G", f"{cost['attention'] / 1e9:.3f}G"]
+        billions = [cost["modules"] / 1e9, cost["attention"] / 1e9, sum(cost.values()) / 1e9]
+        assert total[-4:] == ["32,000,472", *(f"{n:.3f}G" for n in billions)]
         for i in range(4):
             shape = f"{64 * 2 ** i} x {math.ceil(size[0] / 2 ** (i + 2))} x {math.ceil(size[1] / 2 ** (i + 2))}"
             row = next(line for line in table.splitlines() if f"stage {i + 1}" in line)

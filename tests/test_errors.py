@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from scalablevit import SSA, WSA, ScalableViT, scalablevit_tiny
+from scalablevit import SSA, WSA, ScalableViT, count_macs, scalablevit_tiny
 
 SMALL = dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.0, 1.0), rn=(1 / 4, 1), num_classes=3, head_hidden=None)
 
@@ -47,7 +47,20 @@ def message(call):
     (dict(in_chans=0), ["in_chans", "at least 1", "0"]),
     (dict(depths=(2, 0)), ["depths", "at least 1", "0"]),
     (dict(heads=(0, 2)), ["heads", "at least 1", "0"]),
+    (dict(head_hidden=0), ["head_hidden", "at least 1", "0"]),
+    # of the wrong type
+    (dict(dim="64"), ["dim", "integer", "'64'"]),
+    (dict(window=7.0), ["window", "integer", "7.0"]),
+    (dict(heads=(1.0, 2)), ["heads", "integer", "1.0"]),
+    (dict(depths=2), ["depths", "lists", "depths=2"]),
+    (dict(rn=0.25), ["rn", "lists", "rn=0.25"]),
+    (dict(pattern=None), ["pattern", "two of", "None"]),
+    (dict(pattern=("iwsa", ["ssa"])), ["pattern", "two of", "['ssa']"]),
     # ranges
+    (dict(rc=(float("nan"), 1)), ["rc", "positive number", "nan"]),
+    (dict(rc=(1.0, -5)), ["rc", "positive number", "-5"]),
+    (dict(mlp_ratio=-1), ["mlp_ratio", "positive number", "-1"]),
+    (dict(mlp_ratio="4"), ["mlp_ratio", "positive number", "'4'"]),
     (dict(num_classes=-1), ["num_classes", "0 (no classifier) or more", "-1"]),
     (dict(drop_path_rate=-0.1), ["drop_path_rate", "[0, 1)", "-0.1"]),
     (dict(drop_path_rate=1), ["drop_path_rate", "[0, 1)", "1"]),
@@ -67,7 +80,8 @@ def test_one_over_a_square_is_good_for_r_n(rn):
     assert ScalableViT(**(SMALL | dict(rn=(rn, 1))))(torch.zeros(1, 3, 20, 9)).shape == (1, 3)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 4, 32, 32), (2, 32, 32, 3), (3, 32, 32), (32, 32), (1, 2, 3, 32, 32)])
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 4, 32, 32), (2, 32, 32, 3), (3, 32, 32), (32, 32), (1, 2, 3, 32, 32),
+                                   (1, 3, 0, 32)])
 def test_bad_images(shape):
     model = scalablevit_tiny(num_classes=2)
     for call in (model, model.forward_features):
@@ -88,6 +102,12 @@ def test_attentions_check_their_own_arguments():
     assert "heads=3" in message(lambda: WSA(8, 3))
     assert "C'=10" in message(lambda: SSA(8, 4, 1.25, 1 / 4))
     assert "1/integer²" in message(lambda: SSA(8, 2, 1.0, 0.3))
+
+
+@pytest.mark.parametrize("size", [224, (224,), (0, 224), (224.0, 224), "224"])
+def test_count_macs_refuses_what_is_no_size(size):
+    text = message(lambda: count_macs(scalablevit_tiny(), size))
+    assert "two positive integers (H, W)" in text and repr(size) in text
 
 
 def test_a_misspelt_argument_is_a_type_error():

@@ -249,6 +249,7 @@ def bad_inputs():
         ("fit", partition + "_backward", torch.randn(3, 7, 2, 9, 4), 6, 6, 3),
         ("fit", partition + "_backward", torch.randn(3, 8, 2, 8, 4), 6, 6, 3),
         ("at least one row", partition + "_backward", torch.randn(3, 8, 2, 9, 4), 0, 6, 3),
+        ("fewer than 2", partition + "_backward", torch.randn(3, 8, 2, 9, 4), 3 * 2 ** 32, 3 * 2 ** 32, 3),
         ("shape", merge, z[0], qkv, weight, bias, 3),
         ("fit", merge, z[:7], qkv, weight, bias, 3),
         ("fit", merge, z, qkv, weight, bias, 2),
