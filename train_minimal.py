@@ -19,8 +19,6 @@ import pickle
 import random
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")     # a thread that waits sleeps: much faster where the cores are shared
-
 import numpy as np
 import torch
 import torch.distributed as dist
