@@ -104,6 +104,23 @@ def test_eval_gives_the_accuracy_of_the_best_epoch(data, finished):
     assert f"top-1 {best:.2f} % of 20 images" in run("--init", output / "best.pt", "--eval", "--data", data, "--workers", 0)
 
 
+def test_accuracy_is_the_share_of_images_whose_largest_logit_is_their_class():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return torch.eye(4)[[0, 1, 2, 2, 3]]
+
+    batch = torch.zeros(5, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 2, 3, 0])
+    assert train.evaluate(Fixed(), [batch, batch], torch.device("cpu"), bf16=False) == 60
+
+
+def test_biases_norms_and_the_peg_are_left_out_of_weight_decay(finished):
+    groups = torch.load(finished[0] / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    model = scalablevit.scalablevit_tiny(num_classes=2)
+    exempt = len(model.no_weight_decay())
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    assert [len(group["params"]) for group in groups] == [len(list(model.parameters())) - exempt, exempt]
+
+
 def test_it_learns(tmp_path):
     """Two shapes, which a coin would tell apart half the time."""
     small_data_set(tmp_path / "data", train=200, val=30)
