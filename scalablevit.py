@@ -198,7 +198,7 @@ def window_mask(H, W, M, shift=(0, 0), device=None):
 
     side = 3 * sides(H, shift[0])[:, None] + sides(W, shift[1])                         # (h·M, w·M)
     side = side.unflatten(1, (-1, M)).unflatten(0, (-1, M)).transpose(1, 2).flatten(2).flatten(0, 1)  # (windows, M²)
-    return (side[:, None, :, None] == side[:, None, None, :])                           # (windows, 1, M², M²)
+    return side[:, None, :, None] == side[:, None, None, :]                             # (windows, 1, M², M²)
 
 
 class WSA(nn.Module):

@@ -200,10 +200,10 @@ def load_weights(model, weights, name, whole):
 
 
 # ---------------------------------------------------------------------------- training
-def say(*words, end="\n"):
+def say(text):
     """Print, from one process only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*words, end=end, flush=True)
+        print(text, flush=True)
 
 
 def lr_factor(step, steps, warmup_steps, lr):
@@ -245,7 +245,8 @@ def parse_args():
     add("--workers", type=int, default=8 if torch.cuda.is_available() else 0,
         help="processes that read images (default: %(default)s; without a GPU none, so that training has the cores)")
     add = parser.add_argument_group("settings (defaults: at the top of this file)").add_argument
-    add("--data", metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: a data set drawn into --output)")
+    add("--data", type=os.path.abspath, metavar="DIR",          # a run that is resumed elsewhere still finds it
+        help="with train/CLASS/ and val/CLASS/ (default: a data set drawn into --output)")
     add("--model", choices=SETTINGS, help="the size of the network")
     add("--size", type=int, help="of the square images, in pixels")
     add("--epochs", type=int, help="times through the training images, in all")

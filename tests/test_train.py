@@ -18,12 +18,12 @@ PROGRAM = pathlib.Path(train.__file__)
 QUICK = ["--size", "32", "--workers", "0", "--global-batch", "16", "--warmup-epochs", "0", "--lr", "2e-3"]
 
 
-def run(*args, processes=1, ok=True):
+def run(*args, processes=1, ok=True, cwd=None):
     """Run the program; its output, after checking how it ended."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, PROGRAM, *map(str, args)], capture_output=True, text=True,
+    done = subprocess.run([*launch, PROGRAM, *map(str, args)], capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr
@@ -74,12 +74,12 @@ def test_a_run_leaves_a_log_and_plain_checkpoints(finished):
 
 def test_a_run_that_was_killed_goes_on_to_the_same_end(data, finished, tmp_path):
     output = tmp_path / "out"
-    with subprocess.Popen([sys.executable, PROGRAM, "--data", data, "--output", output, "--epochs", "4", *QUICK],
-                          stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as program:
+    with subprocess.Popen([sys.executable, PROGRAM, "--data", os.path.relpath(data), "--output", output, "--epochs", "4",
+                           *QUICK], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as program:
         next(line for line in program.stdout if line.startswith("epoch 3/4"))
         program.kill()
     assert len(log_of(output)) < 4
-    run("--output", output, "--resume", "--workers", 0)
+    run("--output", output, "--resume", "--workers", 0, cwd=tmp_path)                    # and from another folder
     resumed, whole = (torch.load(o / "last.pt", weights_only=True) for o in (output, finished[0]))
     assert [{**entry, "seconds": 0} for entry in resumed["log"]] == [{**entry, "seconds": 0} for entry in whole["log"]]
     for name, tensor in whole["model"].items():
