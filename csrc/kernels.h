@@ -8,29 +8,29 @@
 
 enum class Type { Float32, Float64, BFloat16, Float16 };
 
-// The backward's weight gradients are summed in this many parts and then over the parts, in order.  The number is fixed,
-// so that the result does not depend on the number of threads.
-constexpr int64_t cpu_parts = 32, cuda_parts = 256;
+// On the GPU the weight's gradient is summed in this many parts and then over the parts, in order.
+constexpr int64_t cuda_parts = 256;
 
 namespace cpu {
 
 // map (B, H, W, 3C) -> windows (3, B·h·w, heads, M², d) with zeros beyond the border, or, `backward`, the other way.
 void partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward);
 
-// out (B, H, W, C) = z in place + depthwise convolution of V.  weight (k, k, C) and bias (C) in Sum.
+// out (B, H, W, C) = z in place + depthwise convolution of V.  weight (C, 1, k, k) and bias (C) in Sum.
 void merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
                const void* weight, const void* bias, void* out);
 
 // dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), and, in Sum, dweight (C, 1, k, k) and dbias (C).
-// parts (cpu_parts, k² + 1, C) in Sum is room for the partial sums of both.
 void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                        void* dz, void* dqkv, void* dweight, void* dbias, void* parts);
+                        void* dz, void* dqkv, void* dweight, void* dbias);
 
 }  // namespace cpu
 
 #if defined(WITH_CUDA) || defined(__CUDACC__)
 namespace cuda {
 
+// The same, but for two things: weight is (k, k, C), and parts (cuda_parts, k² + 1, C) in Sum is room for the partial
+// sums of the weight's gradient and the bias's.
 cudaError_t partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward, cudaStream_t stream);
 cudaError_t merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
                       const void* weight, const void* bias, void* out, cudaStream_t stream);

@@ -1,8 +1,9 @@
 // The operators torch.ops.scalablevit.*: schemas, checks of what comes in, tensors for what goes out.
-// What they compute is in scalablevit.py, in plain PyTorch; their autograd and fake forms are in __init__.py beside this.
+// What they compute is in scalablevit.py, in plain PyTorch; their fake forms are in __init__.py beside this.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #ifdef WITH_CUDA
@@ -49,7 +50,7 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t M) {
   return windows_of(qkv.size(0), qkv.size(1), qkv.size(2), heads, qkv.size(3) / 3 / heads, M);
 }
 
-// The convolution's weight (C, 1, k, k) as the kernels want it: (k, k, C), in the type that sums are formed in.
+// The convolution's weight (C, 1, k, k) as the kernels want it: in the type that sums are formed in, on CUDA as (k, k, C).
 Tensor check_weight(const Tensor& weight, const Tensor& qkv) {
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == qkv.size(3) / 3 && weight.size(1) == 1 &&
                   weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
@@ -59,8 +60,8 @@ Tensor check_weight(const Tensor& weight, const Tensor& qkv) {
               "weight must be ", qkv.scalar_type(), " like qkv or ", sum_type, ", got ", weight.scalar_type());
   TORCH_CHECK(weight.device() == qkv.device(), "weight and qkv must be on the same device, got ", weight.device(),
               " and ", qkv.device());
-  Tensor taps = at::empty({weight.size(2), weight.size(3), weight.size(0)}, qkv.options().dtype(sum_type));
-  return taps.copy_(weight.squeeze(1).permute({1, 2, 0}));
+  const Tensor w = weight.to(sum_type);
+  return w.is_cuda() ? w.squeeze(1).permute({1, 2, 0}).contiguous() : w.contiguous();
 }
 
 #ifdef WITH_CUDA
@@ -118,21 +119,21 @@ Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight
   check_same("bias", bias, "weight", weight);
   TORCH_CHECK(bias.dim() == 1 && bias.size(0) == g.channels(), "bias must have shape (", g.channels(), "), got ",
               bias.sizes());
-  const Tensor taps = check_weight(weight, qkv), b = bias.to(taps.scalar_type()).contiguous(), map = qkv.contiguous();
+  const Tensor w = check_weight(weight, qkv), b = bias.to(w.scalar_type()).contiguous(), map = qkv.contiguous();
+  const int64_t k = weight.size(2);
   const Tensor in = z.stride(3) == 1 ? z : z.contiguous();
   const Strides strides = {in.stride(0), in.stride(1), in.stride(2)};
   const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
 #ifdef WITH_CUDA
   if (map.is_cuda()) {
     on_stream(map, [&](cudaStream_t stream) {
-      return cuda::merge_lim(g, type, taps.size(0), in.data_ptr(), strides, map.data_ptr(), taps.data_ptr(),
-                             b.data_ptr(), out.data_ptr(), stream);
+      return cuda::merge_lim(g, type, k, in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(),
+                             out.data_ptr(), stream);
     });
     return out;
   }
 #endif
-  cpu::merge_lim(g, type, taps.size(0), in.data_ptr(), strides, map.data_ptr(), taps.data_ptr(), b.data_ptr(),
-                 out.data_ptr());
+  cpu::merge_lim(g, type, k, in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
   return out;
 }
 
@@ -145,22 +146,135 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
               ", ", g.W, ", ", g.channels(), ") to fit qkv ", qkv.sizes(), ", got ", grad.sizes());
   const Type type = type_of(qkv);
   check_same("grad", grad, "qkv", qkv);
-  const Tensor taps = check_weight(weight, qkv), from = grad.contiguous(), map = qkv.contiguous();
-  const int64_t k = taps.size(0), C = g.channels();
+  const Tensor w = check_weight(weight, qkv), from = grad.contiguous(), map = qkv.contiguous();
+  const int64_t k = weight.size(2), C = g.channels();
   const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
-  const Tensor dweight = at::empty({C, 1, k, k}, taps.options()), dbias = at::empty({C}, taps.options());
-  const Tensor parts = at::empty({map.is_cuda() ? cuda_parts : cpu_parts, k * k + 1, C}, taps.options());
+  const Tensor dweight = at::empty_like(weight.contiguous(), w.options()), dbias = at::empty({C}, w.options());
 #ifdef WITH_CUDA
-  if (map.is_cuda())
+  if (map.is_cuda()) {
+    const Tensor parts = at::empty({cuda_parts, k * k + 1, C}, w.options());
     on_stream(map, [&](cudaStream_t stream) {
-      return cuda::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), taps.data_ptr(), dz.data_ptr(),
+      return cuda::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(),
                                       dqkv.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr(), stream);
     });
-  else
+  } else
 #endif
-    cpu::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), taps.data_ptr(), dz.data_ptr(),
-                            dqkv.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
-  return {dz, dqkv, at::empty_like(weight).copy_(dweight), dbias.to(weight.scalar_type())};  // laid out as the weight is
+    cpu::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(),
+                            dweight.data_ptr(), dbias.data_ptr());
+  const auto type_of_weight = weight.scalar_type();
+  return {dz, dqkv, weight.is_contiguous() ? dweight.to(type_of_weight) : at::empty_like(weight).copy_(dweight),
+          dbias.to(type_of_weight)};  // dweight is laid out as the weight is
+}
+
+// ---------------------------------------------------------------- autograd: each operator's backward is an operator
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The operators as PyTorch calls them: through the dispatcher, so that what traces or compiles sees them too.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+Tensor call_partition(const Tensor& qkv, int64_t heads, const c10::SymInt& window) {
+  static const auto op = find<Tensor(const Tensor&, int64_t, c10::SymInt)>("scalablevit::window_partition");
+  return op.call(qkv, heads, window);
+}
+Tensor call_partition_backward(const Tensor& grad, const c10::SymInt& H, const c10::SymInt& W, const c10::SymInt& window) {
+  static const auto op = find<Tensor(const Tensor&, c10::SymInt, c10::SymInt, c10::SymInt)>(
+      "scalablevit::window_partition_backward");
+  return op.call(grad, H, W, window);
+}
+Tensor call_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias,
+                      const c10::SymInt& window) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymInt)>(
+      "scalablevit::window_merge_lim");
+  return op.call(z, qkv, weight, bias, window);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> call_merge_lim_backward(const Tensor& grad, const Tensor& qkv,
+                                                                   const Tensor& weight, int64_t heads,
+                                                                   const c10::SymInt& window) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                         int64_t, c10::SymInt)>(
+      "scalablevit::window_merge_lim_backward");
+  return op.call(grad, qkv, weight, heads, window);
+}
+
+struct Partition : torch::autograd::Function<Partition> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& qkv, int64_t heads, const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor windows = call_partition(qkv, heads, window);
+    ctx->saved_data["H"] = qkv.sym_size(1);
+    ctx->saved_data["W"] = qkv.sym_size(2);
+    ctx->saved_data["window"] = window;
+    return windows;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto& saved = ctx->saved_data;
+    return {call_partition_backward(grads[0], saved["H"].toSymInt(), saved["W"].toSymInt(), saved["window"].toSymInt()),
+            Tensor(), Tensor()};
+  }
+};
+
+struct PartitionBackward : torch::autograd::Function<PartitionBackward> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const c10::SymInt& H, const c10::SymInt& W,
+                        const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor map = call_partition_backward(grad, H, W, window);
+    ctx->saved_data["heads"] = grad.sym_size(2).guard_int(__FILE__, __LINE__);
+    ctx->saved_data["window"] = window;
+    return map;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto& saved = ctx->saved_data;
+    return {call_partition(grads[0], saved["heads"].toInt(), saved["window"].toSymInt()), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct MergeLIM : torch::autograd::Function<MergeLIM> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& z, const Tensor& qkv, const Tensor& weight,
+                        const Tensor& bias, const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor out = call_merge_lim(z, qkv, weight, bias, window);
+    ctx->save_for_backward({qkv, weight});
+    ctx->saved_data["heads"] = z.sym_size(1).guard_int(__FILE__, __LINE__);
+    ctx->saved_data["window"] = window;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto inputs = ctx->get_saved_variables();
+    const auto [dz, dqkv, dweight, dbias] = call_merge_lim_backward(
+        grads[0], inputs[0], inputs[1], ctx->saved_data["heads"].toInt(), ctx->saved_data["window"].toSymInt());
+    return {dz, dqkv, dweight, dbias, Tensor()};
+  }
+};
+
+struct MergeLIMBackward : torch::autograd::Function<MergeLIMBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& qkv, const Tensor& weight,
+                               int64_t heads, const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [dz, dqkv, dweight, dbias] = call_merge_lim_backward(grad, qkv, weight, heads, window);
+    return {dz, dqkv, dweight, dbias};
+  }
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "the kernels have no second derivative of LIM: set SCALABLEVIT_KERNELS=0");
+  }
+};
+
+Tensor partition_autograd(const Tensor& qkv, int64_t heads, c10::SymInt window) {
+  return Partition::apply(qkv, heads, window);
+}
+Tensor partition_backward_autograd(const Tensor& grad, c10::SymInt H, c10::SymInt W, c10::SymInt window) {
+  return PartitionBackward::apply(grad, H, W, window);
+}
+Tensor merge_lim_autograd(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias,
+                          c10::SymInt window) {
+  return MergeLIM::apply(z, qkv, weight, bias, window);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_lim_backward_autograd(const Tensor& grad, const Tensor& qkv,
+                                                                       const Tensor& weight, int64_t heads,
+                                                                       c10::SymInt window) {
+  const variable_list out = MergeLIMBackward::apply(grad, qkv, weight, heads, window);
+  return {out[0], out[1], out[2], out[3]};
 }
 
 void implement(torch::Library& m) {
@@ -180,6 +294,12 @@ TORCH_LIBRARY(scalablevit, m) {
         " -> (Tensor dz, Tensor dqkv, Tensor dweight, Tensor dbias)");
 }
 
+TORCH_LIBRARY_IMPL(scalablevit, Autograd, m) {
+  m.impl("window_partition", partition_autograd);
+  m.impl("window_partition_backward", partition_backward_autograd);
+  m.impl("window_merge_lim", merge_lim_autograd);
+  m.impl("window_merge_lim_backward", merge_lim_backward_autograd);
+}
 TORCH_LIBRARY_IMPL(scalablevit, CPU, m) { implement(m); }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(scalablevit, CUDA, m) { implement(m); }

@@ -28,11 +28,10 @@ struct Windows {
   HOST_DEVICE int64_t count() const { return B * h * w; }
   HOST_DEVICE int64_t strips() const { return count() * M; }
 
-  // Strips are numbered window by window.
+  // Strips are numbered row by row, as they lie in the map; strip s + w is the one below.
   HOST_DEVICE Strip strip(int64_t s) const {
-    const int64_t window = s / M, b = window / (h * w);
-    const int64_t y = window / w % h * M + s % M, x = window % w * M;
-    return {b, y, x, window, s % M * M, y >= H ? 0 : W - x < M ? W - x : M};
+    const int64_t row = s / w, b = row / (h * M), y = row % (h * M), x = s % w * M;
+    return {b, y, x, (b * h + y / M) * w + s % w, y % M * M, y >= H ? 0 : W - x < M ? W - x : M};
   }
 
   // A token in (B, H, W, ...), counted in tokens.
