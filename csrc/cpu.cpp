@@ -97,21 +97,21 @@ INLINED inline void copy_bytes(char* __restrict to, const char* __restrict from,
   for (; size > 0; size -= 2, to += 2, from += 2) std::memcpy(to, from, 2);
 }
 
-// Bytes are moved and no numbers computed: one function for all types.  Head by head, since a head's M tokens lie side by
-// side in the window; in the map they do not, so that the next head's part of each is asked for beforehand.
+// Bytes are moved and no numbers computed: one function for all types.  Token by token, so that the map is one stream.
 // `size` is that of a head's d channels: int64_t, or a constant, with which `copy_bytes` is a few instructions.
 template <bool backward, class Size>
 INLINED inline void partition_strip(const Windows& g, const Strip& t, Size size, char* map, char* windows) {
-  char* tokens = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
-  for (int64_t third = 0; third < 3; ++third)
-    for (int64_t head = 0; head < g.heads; ++head, tokens += size) {
-      char *group = windows + g.group(third, t.window, head, t.position) * size, *token = tokens;
-      for (int64_t i = 0; i < t.tokens; ++i, group += size, token += 3 * g.heads * size) {
-        __builtin_prefetch(token + size, backward);
+  const int64_t next_head = g.M * g.M * size, next_third = g.count() * g.heads * next_head;
+  char* token = map + g.token(t.b, t.y, t.x) * 3 * g.heads * size;
+  char* first = windows + g.group(0, t.window, 0, t.position) * size;
+  for (int64_t i = 0; i < (backward ? t.tokens : g.M); ++i, first += size)
+    for (int64_t third = 0; third < 3; ++third) {
+      char* group = first + third * next_third;
+      for (int64_t head = 0; head < g.heads; ++head, token += size, group += next_head) {
         if (backward) copy_bytes(token, group, size);
-        else copy_bytes(group, token, size);
+        else if (i < t.tokens) copy_bytes(group, token, size);
+        else std::memset(group, 0, size);
       }
-      if (!backward) std::memset(group, 0, (g.M - t.tokens) * size);
     }
 }
 

@@ -6,6 +6,7 @@ One run takes turns between the plain PyTorch form, the kernel, and a copy that 
 kernel must, so that whatever else the machine does meets all three.  Medians in milliseconds.
 """
 import argparse
+import ctypes
 import pathlib
 import statistics
 import sys
@@ -56,6 +57,13 @@ def main():
     if args.device not in KERNELS:
         sys.exit(f"scalablevit_kernels is not built for {args.device} (kernels: {', '.join(KERNELS) or 'none'})")
     torch.set_num_threads(args.threads)
+    if sys.platform == "linux":
+        # Memory that is freed stays with the process: whether an allocator hands it back, so that the next call pays for
+        # fresh pages, is chance, and would cost a kernel or a copy several times what it does.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):                               # glibc
+            libc.mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 2 ** 31 - 1)                          # M_MMAP_THRESHOLD
     print(f"{'':43}{'plain':>9}{'kernel':>9}{'copy':>9}{'plain/kernel':>14}{'kernel/copy':>13}")
     for size, C, heads in STAGES:
         for dtype in torch.float32, torch.bfloat16:
