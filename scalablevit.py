@@ -48,12 +48,30 @@ def attention(q, k, v, scale, mask=None):
 
     mask (…, n, m) is True where a query may see a key.
     """
-    if torch.is_grad_enabled() and q.device.type == "cpu":         # PyTorch's fused form has a slow backward on CPUs
+    if q.device.type == "cpu" and k.shape[-2] <= 256:              # few keys: as it is written is the faster way there
         scores = (q * scale) @ k.transpose(-2, -1)                                      # (…, n, m)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # PyTorch's fused form never stores the scores as a whole.  It wants heads of one size, which SSA's are not: zeros
+    # after q and k change no score, and those after v are cut off again.
+    d_v = v.shape[-1]
+    q, k, v = (F.pad(t, (0, max(q.shape[-1], d_v) - t.shape[-1])) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :d_v]
+
+
+class Linear(nn.Linear):
+    """A linear layer; for tokens (B, H, W, C) on a CPU the 1x1 convolution that it is.
+
+    PyTorch takes convolutions to oneDNN there and float32 linears to MKL, which is slower on many CPUs.
+    """
+
+    onednn = torch.backends.mkldnn.is_available()
+
+    def forward(self, x):
+        if self.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            return to_tokens(F.conv2d(to_map(x), self.weight[:, :, None, None], self.bias))
+        return super().forward(x)
 
 
 # ---------------------------------------------------------------------------- Kernels
@@ -126,13 +144,13 @@ class SSA(nn.Module):
                              f"got heads={heads}, C={dim}, rc={rc}, C'={scaled}")
         self.heads, self.s = heads, s
         self.scale = (dim * (rc if s > 1 else 1) / heads) ** -0.5                       # 1/sqrt(d_k')
-        self.q = nn.Linear(dim, scaled)
+        self.q = Linear(dim, scaled)
         if s > 1:
             self.reduce = nn.Sequential(nn.Conv2d(dim, dim, s, stride=s, groups=dim), nn.Conv2d(dim, scaled, 1))
             self.norm = nn.LayerNorm(scaled)           # the one LayerNorm with PyTorch's eps of 1e-5, as published
-        self.k = nn.Linear(scaled, scaled)
-        self.v = nn.Linear(scaled, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.k = Linear(scaled, scaled)
+        self.v = Linear(scaled, dim)
+        self.proj = Linear(dim, dim)
 
     def split_heads(self, x):
         B, H, W, C = x.shape
@@ -143,7 +161,11 @@ class SSA(nn.Module):
         reduced = x
         if self.s > 1:
             reduced = F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s))
-            reduced = to_tokens(self.reduce(to_map(reduced)))                           # (B, ⌈H/s⌉, ⌈W/s⌉, C')
+            with torch.autocast("cpu", enabled=False):       # bfloat16's backward takes ten times as long as float32's
+                if x.device.type == "cpu":
+                    reduced = reduced.to(self.reduce[0].weight.dtype)
+                reduced = self.reduce[0](to_map(reduced))                               # (B, C, ⌈H/s⌉, ⌈W/s⌉)
+            reduced = to_tokens(self.reduce[1](reduced))                                # (B, ⌈H/s⌉, ⌈W/s⌉, C')
             reduced = F.gelu(self.norm(reduced))
         q = self.split_heads(self.q(x))                                                 # (B, heads, N, C'/heads)
         k = self.split_heads(self.k(reduced))                                           # (B, heads, N_rn, C'/heads)
@@ -216,8 +238,8 @@ class WSA(nn.Module):
         if dim % heads:
             raise ValueError(f"heads must divide the channels C: got heads={heads}, C={dim}")
         self.heads, self.window = heads, window
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def side(self, H, W):
         """M, or less where a single smaller window covers the whole map: the same result with less padding."""
@@ -347,8 +369,8 @@ class DropPath(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
