@@ -34,14 +34,10 @@ struct Vector {
 template <class A, int L>
 using Vec = typename Vector<A, L>::type;
 
-// A bfloat16 is the upper half of a float.  L of them as floats, the lower halves zero, and back.
+// A bfloat16 is the upper half of a float: L of them between zeros.
 template <int L, int... I>
-INLINED inline Vec<uint16_t, 2 * L> with_lower_halves(Vec<uint16_t, L> upper, std::integer_sequence<int, I...>) {
+INLINED inline Vec<uint16_t, 2 * L> below_zeros(Vec<uint16_t, L> upper, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(upper, Vec<uint16_t, L>{}, (I % 2 ? I / 2 : L)...);
-}
-template <int L, int... I>
-INLINED inline Vec<uint16_t, L> upper_halves(Vec<uint16_t, 2 * L> both, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(both, both, (2 * I + 1)...);
 }
 
 template <int L, class T>
@@ -52,7 +48,7 @@ INLINED inline Vec<Sum<T>, L> load(const T* p) {
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     Vec<uint16_t, L> upper;
     std::memcpy(&upper, p, sizeof(upper));
-    const auto bits = with_lower_halves<L>(upper, std::make_integer_sequence<int, 2 * L>());
+    const auto bits = below_zeros<L>(upper, std::make_integer_sequence<int, 2 * L>());
     std::memcpy(&v, &bits, sizeof(v));
   } else {
     for (int i = 0; i < L; ++i) v[i] = p[i];
@@ -67,11 +63,8 @@ INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // to the nearest, ties to even; NaN stays NaN
     Vec<uint32_t, L> bits;
     std::memcpy(&bits, &v, sizeof(v));
-    const auto rounded = (bits & 0x10000) == 0 ? bits + 0x7fff : bits + 0x8000;
-    bits = v == v ? rounded : Vec<uint32_t, L>{} + 0x7fc00000;
-    Vec<uint16_t, 2 * L> both;
-    std::memcpy(&both, &bits, sizeof(both));
-    const Vec<uint16_t, L> upper = upper_halves<L>(both, std::make_integer_sequence<int, L>());
+    bits = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Vec<uint32_t, L>{} + 0x7fc0;
+    const Vec<uint16_t, L> upper = __builtin_convertvector(bits, Vec<uint16_t, L>);
     std::memcpy(p, &upper, sizeof(upper));
   } else {
     for (int i = 0; i < L; ++i) p[i] = v[i];

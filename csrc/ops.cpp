@@ -260,15 +260,20 @@ struct MergeLIMBackward : torch::autograd::Function<MergeLIMBackward> {
   }
 };
 
+// What the dispatcher calls where gradients may be wanted.  In inference the bookkeeping would cost as much as the call.
 Tensor partition_autograd(const Tensor& qkv, int64_t heads, c10::SymInt window) {
-  return Partition::apply(qkv, heads, window);
+  if (at::GradMode::is_enabled()) return Partition::apply(qkv, heads, window);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_partition(qkv, heads, window);
 }
 Tensor partition_backward_autograd(const Tensor& grad, c10::SymInt H, c10::SymInt W, c10::SymInt window) {
   return PartitionBackward::apply(grad, H, W, window);
 }
 Tensor merge_lim_autograd(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias,
                           c10::SymInt window) {
-  return MergeLIM::apply(z, qkv, weight, bias, window);
+  if (at::GradMode::is_enabled()) return MergeLIM::apply(z, qkv, weight, bias, window);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_merge_lim(z, qkv, weight, bias, window);
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_lim_backward_autograd(const Tensor& grad, const Tensor& qkv,
                                                                        const Tensor& weight, int64_t heads,
