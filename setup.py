@@ -17,7 +17,9 @@ class SourceDist(sdist):
     """A source distribution has all that is needed to build, test and train."""
 
     def make_release_tree(self, base_dir, files):
-        super().make_release_tree(base_dir, sorted({*files, "train_minimal.py", *glob.glob("csrc/*.*"), *glob.glob("tests/*.*")}))
+        folders = ("csrc", "docs", "tests", "tests/exercises")
+        own = [file for folder in folders for file in glob.glob(f"{folder}/*.*")]
+        super().make_release_tree(base_dir, sorted({*files, "train_minimal.py", *own}))
 
 
 def extension():
@@ -53,6 +55,6 @@ setup(
     py_modules=["scalablevit"],
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "numpy", "Pillow"],
-    extras_require={"test": ["pytest", "hypothesis"]},
+    extras_require={"test": ["pytest", "hypothesis"], "figures": ["matplotlib"]},
     **{"cmdclass": {"sdist": SourceDist}} | extension(),
 )

@@ -89,8 +89,8 @@ def mean_iou(model, batches=8):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     by_pixel = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))       # all that a colour tells
     for name, model in {"per-pixel classifier": by_pixel,
                         "Semantic FPN, tiny": SemanticFPN(scalablevit_tiny(num_classes=0), 4, 64, 32)}.items():
-        print(f"{name:<22}mean IoU {100 * mean_iou(train(model, steps)):.1f} %")
+        print(f"{name:<22}mean IoU {100 * mean_iou(train(model, steps)):.1f} %", flush=True)

@@ -1,0 +1,29 @@
+"""Exercise 2: windows that differ by stage.
+
+Why     At 224 pixels the third stage has 14 x 14 tokens and the last 7 x 7: larger windows cost little there.
+Where   `ScalableViT.__init__` in scalablevit.py: `window` becomes a value per stage, checked like `heads`, and is handed
+        to the blocks of its stage.  A single integer still means the same window everywhere.
+"""
+import pytest
+import torch
+
+from scalablevit import ScalableViT
+
+NET = dict(dim=8, depths=(1, 2, 1), heads=(1, 2, 2), rc=(1, 1, 1), rn=(1 / 16, 1 / 4, 1), head_hidden=None, num_classes=5)
+
+
+def test_each_stage_has_its_own_window():
+    model = ScalableViT(**NET, window=(7, 3, 2), pattern=("iwsa", "wsa"))
+    assert [[block.attn.window for block in stage.blocks] for stage in model.stages] == [[7], [3, 3], [2]]
+    assert model(torch.randn(2, 3, 45, 60)).shape == (2, 5)
+
+
+def test_one_number_is_a_window_for_all():
+    model = ScalableViT(**NET, window=5)
+    assert [stage.blocks[0].attn.window for stage in model.stages] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("window", [(7, 7), (7, 7, 0), (7, 7, "7"), 0, 2.5])
+def test_what_does_not_fit_is_refused(window):
+    with pytest.raises(ValueError, match="window"):
+        ScalableViT(**NET, window=window)

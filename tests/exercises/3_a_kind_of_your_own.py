@@ -1,0 +1,44 @@
+"""Exercise 3: one more kind of attention.
+
+Why     Between a window and the whole map there is a cross: every token sees its row and its column (axial attention),
+        which reaches every border in one layer and any token in two.
+Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `forward` and `macs` as the others have
+        them (`window` plays no part), and its name "axial" in `ATTENTION`.
+        Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, heads as in `WSA`.
+"""
+import torch
+
+import scalablevit
+from helpers import linear_by_hand, random_tokens, randomised, softmax_attention
+from scalablevit import ScalableViT, count_macs
+from test_cost import counted
+from test_receptive_field import field
+
+def axial(dim=8):
+    return randomised(scalablevit.ATTENTION["axial"](dim, 2, 7))
+
+
+def test_a_token_sees_its_row_and_its_column():
+    same_row, same_column = torch.eye(5).bool()[:, None, :, None], torch.eye(8).bool()[None, :, None, :]
+    assert torch.equal(field(axial(4), 5, 8), same_row | same_column)
+
+
+def test_it_is_the_mean_of_two_attentions():
+    module, x = axial(), random_tokens(1, 5, 6, 8)
+    q, k, v = linear_by_hand(x[0], module.qkv).split(8, dim=-1)                         # (H, W, C) each
+    z = torch.empty_like(q)
+    for y in range(5):
+        z[y] = softmax_attention(q[y], k[y], v[y], 2, 4 ** -0.5) / 2
+    for i in range(6):
+        z[:, i] += softmax_attention(q[:, i], k[:, i], v[:, i], 2, 4 ** -0.5) / 2
+    torch.testing.assert_close(module(x)[0], linear_by_hand(z, module.proj))
+
+
+def test_its_cost_is_counted():
+    assert axial().macs(5, 6) == counted(axial(), random_tokens(1, 5, 6, 8))
+
+
+def test_it_takes_its_place_in_a_network():
+    model = ScalableViT(dim=8, depths=(2, 2), heads=(1, 2), rc=(1, 1), rn=(1 / 16, 1 / 4), pattern=("axial", "ssa"),
+                        head_hidden=None, num_classes=5)
+    assert model(torch.randn(2, 3, 37, 50)).shape == (2, 5) and count_macs(model, (37, 50))["attention"] > 0

@@ -1,0 +1,45 @@
+"""Exercise 4: a relative position bias in window attention.
+
+Why     PEG tells positions with convolutions; Swin adds a learned number per head and offset to every score instead,
+        and the two can be compared in one line: `peg=False`.
+Where   `WSA` in scalablevit.py: a parameter `bias` (heads, 2M-1, 2M-1), zero at the start, and its use in `attend`; and
+        `attention`, which knows masks of True and False only: let it add numbers.
+        Z_n = Softmax(Q_n K_n^T / sqrt(d_k) + b) V_n, where b is bias[head, M-1 + y_k - y_q, M-1 + x_k - x_q].
+"""
+import pytest
+import torch
+
+from helpers import linear_by_hand, plain_pieces, random_tokens, randomised
+from scalablevit import ATTENTION, WSA
+
+
+def by_hand(module, x):
+    """One query after the other; x (H, W, C)."""
+    H, W, C = x.shape
+    M, d, out = module.window, C // module.heads, torch.empty_like(x)
+    q, k, v = linear_by_hand(x, module.qkv).unflatten(-1, (3, module.heads, d)).unbind(2)   # (H, W, heads, d) each
+    for rows in plain_pieces(H, M):
+        for cols in plain_pieces(W, M):
+            places = [(y, x) for y in range(rows.start, rows.stop) for x in range(cols.start, cols.stop)]
+            for y, x_ in places:
+                scores = torch.stack([(q[y, x_] * k[r, c]).sum(-1) * d ** -0.5
+                                      + module.bias[:, M - 1 + r - y, M - 1 + c - x_] for r, c in places])
+                values = torch.stack([v[r, c] for r, c in places])                      # (keys, heads, d)
+                out[y, x_] = (scores.softmax(0)[..., None] * values).sum(0).flatten()
+    return linear_by_hand(out, module.proj)
+
+
+@pytest.mark.parametrize("H, W", [(3, 6), (4, 5), (2, 2), (1, 7)])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_wsa_by_hand(H, W, gradients):
+    module, x = randomised(WSA(8, 2, 3)), random_tokens(1, H, W, 8)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(module(x)[0], by_hand(module, x[0]))
+
+
+@pytest.mark.parametrize("kind", ["wsa", "swsa", "lem", "iwsa"])
+def test_every_window_attention_has_it_and_learns_it(kind):
+    module = ATTENTION[kind](8, 2, 3)
+    assert module.bias.shape == (2, 5, 5) and not module.bias.any()
+    module(torch.randn(2, 7, 8, 8)).square().sum().backward()
+    assert module.bias.grad.ne(0).all()
