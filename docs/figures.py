@@ -1,0 +1,209 @@
+"""The pictures in this folder.  Needs matplotlib: pip install '.[figures]'
+
+    python docs/figures.py                          all that follow; those of `maps` are of networks trained here
+    python docs/figures.py maps --image FILE --weights FILE ...         feature maps (Figures 1 and 7), one row per file
+    python docs/figures.py field                    the receptive field of a token
+    python docs/figures.py cost                     cost against resolution
+    python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
+
+FILE is a checkpoint of train_minimal.py or a published model; size and pattern are read off its parameters.
+"""
+import argparse
+import json
+import pathlib
+import time
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+import semantic_fpn
+from scalablevit import (ATTENTION, Block, SSA, ScalableViT, convert_official, init_weights, scalablevit_s,
+                         scalablevit_tiny)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+DOCS = pathlib.Path(__file__).parent
+NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
+
+
+# ---------------------------------------------------------------------------- Figures 1 and 7
+def trained(kind, folder=pathlib.Path("runs/figures"), steps=300):
+    """A tiny network with one kind of attention, trained as a segmenter of drawn shapes; kept in folder."""
+    file = folder / f"{kind}.pt"
+    if not file.exists():
+        print(f"training {NAMES[kind]} for {file}", flush=True)
+        torch.manual_seed(0)
+        model = semantic_fpn.SemanticFPN(scalablevit_tiny(num_classes=0, pattern=(kind, kind)), 4, 64, 32)
+        semantic_fpn.train(model, steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.backbone.state_dict(), file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    return file
+
+
+def load(file):
+    """-> the network whose weights the file holds, without its head, and its name: "WSA", "IWSA & SSA", ..."""
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    weights = weights.get("model", weights)
+    if "patch_embeds.0.proj.weight" in weights:
+        weights = convert_official(weights)
+    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
+    stages = range(len({name.split(".")[1] for name in weights if name.startswith("stages.")}))
+    depths = [len({name.split(".")[3] for name in weights if name.startswith(f"stages.{i}.blocks.")}) for i in stages]
+    dim, telling = len(weights["stages.0.embed.norm.weight"]), {"iwsa": "lim", "lem": "lem", "ssa": "k"}
+    pattern = [next((kind for kind, layer in telling.items() if f"stages.0.blocks.{j}.attn.{layer}.weight" in weights), "wsa")
+               for j in range(2)]
+    if dim not in (24, 64, 96, 128):
+        raise SystemExit(f"{file}: {dim} channels in the first stage are those of no scalablevit_*")
+    heads = [max(dim // 32, 1) * 2 ** i for i in stages]            # of all four sizes; the parameters do not tell
+    rc = [1.0] * len(depths)
+    if "ssa" in pattern:
+        j = pattern.index("ssa")
+        rc = [len(weights[f"stages.{i}.blocks.{j}.attn.q.weight"]) / (dim * 2 ** i) for i in stages]
+    model = ScalableViT(dim=dim, depths=depths, heads=heads, rc=rc, pattern=pattern, num_classes=0,
+                        peg="stages.0.peg.conv.weight" in weights)
+    model.load_state_dict(weights)
+    return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in pattern))
+
+
+def border_step(tokens, M=7):
+    """Mean step between neighbouring tokens (H, W, C) of different windows over that within a window; nan without borders."""
+    across, inside = [], []
+    for x in (tokens, tokens.transpose(0, 1)):
+        steps = (x[1:] - x[:-1]).norm(dim=-1)                                           # (n - 1, other axis)
+        border = torch.arange(1, len(x)) % M == 0
+        across.append(steps[border].flatten())
+        inside.append(steps[~border].flatten())
+    return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
+
+
+@torch.no_grad()
+def maps(out, image=None, weights=None):
+    """After the 2nd, the 4th and the last block: the mean over channels of the size of the features."""
+    if image is None:
+        torch.manual_seed(3)
+        picture = semantic_fpn.draw(1, 224)[0]
+    else:
+        rgb = np.array(Image.open(image).convert("RGB"), dtype=np.float32) / 255
+        picture = ((torch.from_numpy(rgb) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+        picture = picture.permute(2, 0, 1)[None]
+    rows = [load(file) for file in weights or map(trained, ("wsa", "iwsa", "ssa"))]
+    figure, axes = plt.subplots(len(rows), 4, figsize=(9, 2.5 * len(rows)), squeeze=False)
+    for row, (model, name) in zip(axes, rows):
+        after = []
+        blocks = [block for stage in model.stages for block in stage.blocks]
+        hooks = [block.register_forward_hook(lambda block, _, x: after.append(x[0])) for block in blocks]
+        model.forward_features(picture)
+        for hook in hooks:
+            hook.remove()
+        shown = picture[0].permute(1, 2, 0)
+        row[0].imshow(((shown - shown.min()) / (shown.max() - shown.min())).numpy())
+        row[0].set_ylabel(name)
+        for axis, n in zip(row[1:], (2, 4, len(blocks))):
+            tokens = after[n - 1]                                                       # (H, W, C)
+            ratio = border_step(tokens)
+            axis.imshow(tokens.abs().mean(-1).numpy())
+            axis.set_title(f"block {n}: " + ("one window" if np.isnan(ratio) else f"border step x {ratio:.2f}"), fontsize=9)
+    save(figure, axes, out / "maps.png")
+
+
+# ---------------------------------------------------------------------------- receptive fields
+def field(out, side=28, dim=16):
+    """log10 of the size of d(one output token)/d(input tokens), after 1, 2 and 4 fresh blocks, and how many tokens count."""
+    figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.2))
+    for column, (kind, name) in zip(axes.T, NAMES.items()):
+        for axis, n in zip(column, (1, 2, 4)):
+            torch.manual_seed(0)
+            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4              # every other block as Swin has it
+            net = torch.nn.Sequential(*(Block(SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2), dim, 4, 0)
+                                        for k in kinds[:n])).apply(init_weights).double()
+            x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
+            net(x)[0, 14, 17].square().sum().backward()             # a token in the first row of its window
+            size = x.grad[0].norm(dim=-1)
+            axis.imshow(torch.where(size > 0, size / size.max(), torch.nan).log10().numpy(), vmin=-6, vmax=0)
+            axis.plot(17, 14, "r+", markersize=6)
+            for border in range(7, side, 7):
+                axis.axhline(border - 0.5, color="grey", linewidth=0.4)
+                axis.axvline(border - 0.5, color="grey", linewidth=0.4)
+            axis.set_title(f"{name}, {n} block{'s' * (n > 1)}: {100 * (size > 0).double().mean():.0f} %", fontsize=9)
+    save(figure, axes, out / "field.png")
+
+
+# ---------------------------------------------------------------------------- cost
+def cost(out, make=scalablevit_s, sides=(224, 448, 672, 896, 1120, 1344), timed=scalablevit_tiny):
+    """MACs of one image by part, and one thread's time for one image with the tiny network."""
+    with torch.device("meta"):
+        model = make(num_classes=0)
+    parts = {"convolutions and linears": [], "QKᵀ and AV of IWSA": [], "QKᵀ and AV of SSA": []}
+    for side in sides:
+        size, counts = (side, side), [0, 0, 0]
+        for stage in model.stages:
+            size = stage.embed.out_size(*size)
+            counts[0] += stage.macs(*size)[0]
+            for block in stage.blocks:
+                counts[2 if isinstance(block.attn, SSA) else 1] += block.attn.macs(*size)[1]
+        for values, count in zip(parts.values(), counts):
+            values.append(count / 1e9)
+    model, seconds = timed(num_classes=0).eval(), []
+    with torch.no_grad():
+        for side in sides:
+            image, runs = torch.randn(1, 3, side, side), []
+            for _ in range(4):
+                began = time.process_time()
+                model(image)
+                runs.append(time.process_time() - began)
+            seconds.append(min(runs))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, values in parts.items():
+        left.loglog(sides, values, "o-", label=f"{name}: x {values[-1] / values[0]:.0f}")
+    left.set(xlabel="side of the image, pixels", ylabel="G multiply-accumulates", title="scalablevit_s")
+    right.loglog(sides, seconds, "o-", label=f"CPU time: x {seconds[-1] / seconds[0]:.0f}")
+    right.set(xlabel="side of the image, pixels", ylabel="seconds", title=f"{timed.__name__}, measured")
+    for axis in (left, right):
+        axis.set_xticks(sides, map(str, sides))
+        axis.minorticks_off()
+        axis.legend(title=f"pixels: x {(sides[-1] / sides[0]) ** 2:.0f}")
+    save(figure, None, out / "cost.png")
+
+
+# ---------------------------------------------------------------------------- a run
+def curves(out, log):
+    epochs = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "validation top-1, %", "learning rate")):
+        axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", markersize=3)
+        axis.set(xlabel="epoch", title=label)
+    save(figure, None, out / "curves.png")
+
+
+def save(figure, pictures, file):
+    for axis in [] if pictures is None else pictures.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+    print(f"wrote {file}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The pictures of docs/.")
+    parser.add_argument("figures", nargs="*", metavar="maps | field | cost | curves", help="which (default: all)")
+    parser.add_argument("--image", help="for maps (default: drawn shapes)")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
+    parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
+    args = parser.parse_args()
+    make = {"maps": lambda: maps(args.out, args.image, args.weights), "field": lambda: field(args.out),
+            "cost": lambda: cost(args.out), "curves": lambda: curves(args.out, args.log)}
+    for name in args.figures or make:
+        if name not in make:
+            parser.error(f"figures are {', '.join(make)}, got {name!r}")
+        make[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""docs/figures.py and docs/ablation.py: their numbers by independent means, and that they run.  Matplotlib is an extra."""
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+
+import ablation
+from scalablevit import ScalableViT, scalablevit_tiny
+
+
+@pytest.fixture
+def figures():
+    pytest.importorskip("matplotlib")
+    import figures
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------ figures.py
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(2, 8), st.floats(0.5, 20))
+def test_the_border_step_is_what_was_put_there(H, W, M, jump):
+    """Steps of 1 along both axes, and of `jump` at a border: windows differ that much more than neighbours within."""
+    pytest.importorskip("matplotlib")
+    import figures
+    height = [torch.tensor([1.0 if i % M else jump for i in range(n)]).cumsum(0) for n in (H, W)]
+    tokens = torch.stack(torch.meshgrid(*height, indexing="ij"), dim=-1)
+    ratio = figures.border_step(tokens, M)
+    assert ratio != ratio if max(H, W) <= M else ratio == pytest.approx(jump, rel=1e-4)
+
+
+def test_every_picture_is_drawn(figures, tmp_path):
+    """From weights as they are saved by hand and by the training program, for each pattern that weights can tell."""
+    weights = []
+    for i, pattern in enumerate([("wsa", "wsa"), ("lem", "ssa"), ("ssa", "iwsa")]):
+        weights.append(tmp_path / f"{i}.pt")
+        state = scalablevit_tiny(pattern=pattern, rc=(2.0, 1.0, 0.5, 1.0), num_classes=5, peg=i > 0).state_dict()
+        torch.save({"model": state, "settings": {}} if i else state, weights[-1])
+    assert [figures.load(file)[1] for file in weights] == ["WSA", "LEM & SSA", "SSA & IWSA"]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
+    figures.maps(tmp_path, weights=weights)
+    figures.field(tmp_path, side=21)
+    figures.cost(tmp_path, sides=(32, 64))
+    figures.curves(tmp_path, log)
+    assert {file.name for file in tmp_path.glob("*.png")} == {"maps.png", "field.png", "cost.png", "curves.png"}
+
+
+# ------------------------------------------------------------------------------------------------ ablation.py
+def test_the_rows_are_those_of_the_paper():
+    """Table 5(a) has seven, 5(b) six, 7 two; each is a network of its own."""
+    assert [len(rows) for rows in ablation.TABLES.values()] == [7, 6, 2] and len(ablation.ROWS) == 12
+    assert len({str(ScalableViT(**ablation.NET | arguments)) for arguments, *_ in ablation.ROWS.values()}) == 12
+
+
+@given(st.integers(0, 10 ** 6))
+def test_a_board_is_answered_by_its_one_coloured_cell(seed):
+    images, labels = ablation.draw(4, torch.Generator().manual_seed(seed))
+    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))                      # (4, 3, 8, 8), the noise averaged
+    grey = (cells.amax(1) - cells.amin(1)) < 1                                          # the others are coloured
+    assert grey.flatten(1).sum(1).tolist() == [63] * 4
+    for n in range(4):
+        hue = cells[n][:, ~grey[n]].flatten() > 0
+        classes = labels[n].unique().tolist()
+        assert classes == [0, 1 + [[True, False, False], [False, True, False], [False, False, True],
+                                   [True, True, False]].index(hue.tolist())]
+        assert torch.equal(labels[n] > 0, (cells[n].mean(0) > 0) | ~grey[n])
+
+
+def test_a_stopped_ablation_goes_on(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
+    monkeypatch.setattr(ablation, "train", lambda row, seed: trained.append((row, seed)) or 10.0 * seed)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "2"])
+    ablation.run("SSA", 1)
+    with monkeypatch.context() as other:
+        other.setitem(ablation.SETTING, "steps", 1)
+        ablation.run("SSA", 0)                                      # under another setting: does not count, is not lost
+    ablation.main()
+    assert sorted(trained[2:]) == sorted({(row, seed) for row in ablation.ROWS for seed in (0, 1)} - {("SSA", 1)})
+    assert len((tmp_path / "ablation.jsonl").read_text().splitlines()) == 25
+    assert "| SSA | 5.0 ± 7.1 | 2 | 44.4 | 82.9 |" in capsys.readouterr().out
