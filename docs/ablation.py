@@ -26,7 +26,7 @@ from scalablevit import ScalableViT
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
 CELLS, HUES = 8, 4
 NET = dict(dim=32, depths=(4,), heads=(2,), rc=(1.25,), rn=(1 / 4,), window=2, num_classes=0)
-SETTING = dict(steps=200, batch=32, lr=2e-3, warmup=50, weight_decay=0.05)             # one for all rows, and chosen on the last
+SETTING = dict(steps=200, batch=32, lr=2e-3, warmup=50, weight_decay=0.05)             # for all rows; chosen on the last
 ROWS = {  # name: (arguments, Top-1 and mIoU in the paper)
     "WSA": (dict(pattern=("wsa", "wsa")), 82.4, 38.9),                                  # Table 5(a)
     "IWSA": (dict(pattern=("iwsa", "iwsa")), 82.9, 43.5),
@@ -55,7 +55,8 @@ def draw(n, generator):
     colours[torch.arange(n), where] = palette[hue]
     images = colours.view(n, CELLS, CELLS, 3).permute(0, 3, 1, 2)
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    return images + 0.25 * torch.randn(images.shape, generator=generator), (grey * (hue + 1)[:, None]).view(n, CELLS, CELLS)
+    images = images + 0.25 * torch.randn(images.shape, generator=generator)
+    return images, (grey * (hue + 1)[:, None]).view(n, CELLS, CELLS)
 
 
 def train(row, seed):
@@ -103,7 +104,8 @@ def table():
     """Markdown: mean and standard deviation over the seeds, beside the paper."""
     runs, lines = finished(), []
     for title, rows in TABLES.items():
-        lines += [f"| {title} | mean IoU here, % | seeds | paper: mIoU on ADE20K | paper: Top-1 on ImageNet |", "|---|---|---|---|---|"]
+        lines += [f"| {title} | mean IoU here, % | seeds | paper: mIoU on ADE20K | paper: Top-1 on ImageNet |",
+                  "|---|---|---|---|---|"]
         for row in rows:
             mious = [miou for (name, _), miou in runs.items() if name == row]
             spread = f" ± {statistics.stdev(mious):.1f}" if len(mious) > 1 else ""
@@ -117,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
     seeds = parser.parse_args().seeds
-    for seed in range(seeds):                                                           # a whole table first, then the next
+    for seed in range(seeds):                                                           # a whole table, then the next
         for row in ROWS:
             if (row, seed) not in finished():
                 run(row, seed)

@@ -3,6 +3,7 @@
     python docs/figures.py                          all that follow; those of `maps` are of networks trained here
     python docs/figures.py maps --image FILE --weights FILE ...         feature maps (Figures 1 and 7), one row per file
     python docs/figures.py field                    the receptive field of a token
+    python docs/figures.py network                  the architecture (Figure 2), read off scalablevit_s
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
@@ -27,6 +28,38 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parent
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
+
+
+# ---------------------------------------------------------------------------- Figure 2
+def network(out, make=scalablevit_s):
+    """One column per stage: what is in it, in order, and the shapes that go in and come out."""
+    with torch.device("meta"):
+        model = make()
+    figure, axis = plt.subplots(figsize=(11, 5.2))
+
+    def box(x, y, text, colour, height=0.7):
+        axis.add_patch(plt.Rectangle((x, y), 2.5, height, facecolor=colour, edgecolor="black", linewidth=0.8))
+        axis.text(x + 1.25, y + height / 2, text, ha="center", va="center", fontsize=8.5)
+
+    for i, stage in enumerate(model.stages):
+        x, (window, scaled), depth = 3.2 * i, (block.attn for block in stage.blocks[:2]), len(stage.blocks)
+        C, step = stage.embed.conv.out_channels, 4 * 2 ** i
+        kernel, stride = stage.embed.conv.kernel_size[0], stage.embed.stride
+        axis.text(x + 1.25, 5.45, f"stage {i + 1}: {depth} blocks", ha="center", weight="bold")
+        box(x, 4.5, f"PatchEmbed\n{kernel}x{kernel}, stride {stride}", "#dddddd")
+        box(x, 3.5, f"block 1: IWSA | MLP\n{window.window}x{window.window}, {window.heads} heads", "#b8d4f0")
+        box(x, 2.75, "PEG: + depthwise 3x3", "#f6e3a1", 0.45)
+        reduction = f"$r_n$ = 1/{scaled.s ** 2}, $r_c$ = {scaled.q.out_features / C:g}" if scaled.s > 1 else "$r_n$ = 1"
+        box(x, 1.75, f"block 2: SSA | MLP\n{reduction}", "#f4c2b0")
+        if depth > 2:
+            box(x, 0.75, f"blocks 3 to {depth}:\nIWSA and SSA in turn", "#eeeeee")
+        axis.text(x + 1.25, 0.2, f"map {i + 1}: {C} x H/{step} x W/{step}", ha="center", fontsize=8.5)
+        axis.annotate("", (x + 3.15, 4.85), (x + 2.55, 0.3), arrowprops={"arrowstyle": "->"})
+    axis.text(-1.3, 4.85, f"image\n{model.in_chans} x H x W  →", ha="center", va="center")
+    axis.text(13.4, 4.85, "norm, mean\nover tokens,\nhead", ha="center", va="center")
+    axis.set(xlim=(-2.2, 14.2), ylim=(0, 5.9))
+    axis.axis("off")
+    save(figure, None, out / "network.png")
 
 
 # ---------------------------------------------------------------------------- Figures 1 and 7
@@ -54,8 +87,8 @@ def load(file):
     stages = range(len({name.split(".")[1] for name in weights if name.startswith("stages.")}))
     depths = [len({name.split(".")[3] for name in weights if name.startswith(f"stages.{i}.blocks.")}) for i in stages]
     dim, telling = len(weights["stages.0.embed.norm.weight"]), {"iwsa": "lim", "lem": "lem", "ssa": "k"}
-    pattern = [next((kind for kind, layer in telling.items() if f"stages.0.blocks.{j}.attn.{layer}.weight" in weights), "wsa")
-               for j in range(2)]
+    layers = [{name.split(".")[5] for name in weights if name.startswith(f"stages.0.blocks.{j}.attn.")} for j in (0, 1)]
+    pattern = [next((kind for kind, layer in telling.items() if layer in own), "wsa") for own in layers]
     if dim not in (24, 64, 96, 128):
         raise SystemExit(f"{file}: {dim} channels in the first stage are those of no scalablevit_*")
     heads = [max(dim // 32, 1) * 2 ** i for i in stages]            # of all four sizes; the parameters do not tell
@@ -70,7 +103,7 @@ def load(file):
 
 
 def border_step(tokens, M=7):
-    """Mean step between neighbouring tokens (H, W, C) of different windows over that within a window; nan without borders."""
+    """Mean step between neighbouring tokens (H, W, C) of different windows over that within one; nan without borders."""
     across, inside = [], []
     for x in (tokens, tokens.transpose(0, 1)):
         steps = (x[1:] - x[:-1]).norm(dim=-1)                                           # (n - 1, other axis)
@@ -80,7 +113,6 @@ def border_step(tokens, M=7):
     return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
 
 
-@torch.no_grad()
 def maps(out, image=None, weights=None):
     """After the 2nd, the 4th and the last block: the mean over channels of the size of the features."""
     if image is None:
@@ -96,7 +128,8 @@ def maps(out, image=None, weights=None):
         after = []
         blocks = [block for stage in model.stages for block in stage.blocks]
         hooks = [block.register_forward_hook(lambda block, _, x: after.append(x[0])) for block in blocks]
-        model.forward_features(picture)
+        with torch.no_grad():
+            model.forward_features(picture)
         for hook in hooks:
             hook.remove()
         shown = picture[0].permute(1, 2, 0)
@@ -112,7 +145,7 @@ def maps(out, image=None, weights=None):
 
 # ---------------------------------------------------------------------------- receptive fields
 def field(out, side=28, dim=16):
-    """log10 of the size of d(one output token)/d(input tokens), after 1, 2 and 4 fresh blocks, and how many tokens count."""
+    """log10 of the size of d(one output token)/d(input tokens) after 1, 2 and 4 fresh blocks, and the share that is not 0."""
     figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.2))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
@@ -191,14 +224,14 @@ def save(figure, pictures, file):
 
 def main():
     parser = argparse.ArgumentParser(description="The pictures of docs/.")
-    parser.add_argument("figures", nargs="*", metavar="maps | field | cost | curves", help="which (default: all)")
+    parser.add_argument("figures", nargs="*", metavar="network | maps | field | cost | curves", help="which (default: all)")
     parser.add_argument("--image", help="for maps (default: drawn shapes)")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
     parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
-    make = {"maps": lambda: maps(args.out, args.image, args.weights), "field": lambda: field(args.out),
-            "cost": lambda: cost(args.out), "curves": lambda: curves(args.out, args.log)}
+    make = {"network": lambda: network(args.out), "maps": lambda: maps(args.out, args.image, args.weights),
+            "field": lambda: field(args.out), "cost": lambda: cost(args.out), "curves": lambda: curves(args.out, args.log)}
     for name in args.figures or make:
         if name not in make:
             parser.error(f"figures are {', '.join(make)}, got {name!r}")

@@ -131,3 +131,16 @@ def test_it_learns_what_a_per_pixel_classifier_cannot():
     network = SemanticFPN(scalablevit_tiny(num_classes=0), 4, width=32, head=16)
     by_pixel, by_network = (semantic_fpn.mean_iou(semantic_fpn.train(model, 120), 4) for model in (pixel, network))
     assert by_pixel < 0.22 and by_network > by_pixel + 0.05
+
+
+def main():
+    """Prints what README.md shows: python tests/test_dense.py"""
+    for around, size in ((SemanticFPN, (512, 2048)), (RetinaNet, (800, 1280))):
+        models = [build(make, around) for make in (scalablevit_s, scalablevit_b, scalablevit_l)]
+        costs = [published_macs(model.backbone, size) + convolutions(model, size) for model in models]
+        print(f"| {around.__name__} | " + " | ".join(
+            f"{parameters(model) / 1e6:.1f}M, {cost / 1e9:.1f} G" for model, cost in zip(models, costs)) + " |")
+
+
+if __name__ == "__main__":
+    main()

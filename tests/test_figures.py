@@ -43,10 +43,20 @@ def test_every_picture_is_drawn(figures, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
     figures.maps(tmp_path, weights=weights)
+    figures.network(tmp_path)
     figures.field(tmp_path, side=21)
     figures.cost(tmp_path, sides=(32, 64))
     figures.curves(tmp_path, log)
-    assert {file.name for file in tmp_path.glob("*.png")} == {"maps.png", "field.png", "cost.png", "curves.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == {"network.png", "maps.png", "field.png", "cost.png", "curves.png"}
+
+
+def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    updates, train = [], figures.semantic_fpn.train
+    monkeypatch.setattr(figures.semantic_fpn, "train", lambda model, steps: updates.append(steps) or train(model, 1))
+    figures.maps(tmp_path)
+    figures.maps(tmp_path)
+    assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3 and (tmp_path / "maps.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ ablation.py
