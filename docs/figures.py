@@ -23,8 +23,10 @@ import semantic_fpn
 from scalablevit import (ATTENTION, Block, SSA, ScalableViT, convert_official, init_weights, scalablevit_s,
                          scalablevit_tiny)
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")                       # into files, not onto a screen
 import matplotlib.pyplot as plt  # noqa: E402
+
+plt.rcParams["figure.dpi"] = 80
 
 DOCS = pathlib.Path(__file__).parent
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
@@ -196,9 +198,10 @@ def cost(out, make=scalablevit_s, sides=(224, 448, 672, 896, 1120, 1344), timed=
     right.loglog(sides, seconds, "o-", label=f"CPU time: x {seconds[-1] / seconds[0]:.0f}")
     right.set(xlabel="side of the image, pixels", ylabel="seconds", title=f"{timed.__name__}, measured")
     for axis in (left, right):
+        axis.set_ylim(top=20 * axis.get_ylim()[1])                  # room for the legend
         axis.set_xticks(sides, map(str, sides))
         axis.minorticks_off()
-        axis.legend(title=f"pixels: x {(sides[-1] / sides[0]) ** 2:.0f}")
+        axis.legend(loc="upper left", title=f"pixels: x {(sides[-1] / sides[0]) ** 2:.0f}")
     save(figure, None, out / "cost.png")
 
 
@@ -217,7 +220,8 @@ def save(figure, pictures, file):
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    figure.canvas.draw()
+    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64).save(file, optimize=True)
     plt.close(figure)
     print(f"wrote {file}", flush=True)
 
