@@ -2,10 +2,11 @@
 
 Why     `SWSA` pads and rolls the whole qkv map, three times as wide as its input, before `window_partition` copies it
         once more.  The kernel computes where each token comes from anyway; with a shift it can do all of it at once.
-Where   csrc/windows.h: `Windows` gets the shift and `strip` starts that much further into the map.  The window at the
-        seam takes its tokens from both ends of the map, so that one of its strips is two.
-        scalablevit.py: the call in `window_partition`, and `SWSA.forward`, which no longer pads and rolls.
-        The shift has to get there: the schema in csrc/ops.cpp and the fake form in csrc/__init__.py take it along.
+Where   csrc/windows.h, where all of the thinking is: `strip` starts so much further into the map, and the window at the
+        seam takes its tokens from both ends of it, so that each of its strips is two, with M places between them.
+        csrc/cpu.cpp and csrc/cuda.cu fill the places that have no token with zeros: one line each.
+        csrc/ops.cpp and csrc/__init__.py hand the shift on: schema, gradient, fake form.
+        scalablevit.py: the call in `window_partition`, and `SWSA`, which then only rolls its output back.
 """
 import pytest
 import torch
