@@ -7,9 +7,9 @@ Every finished run is in docs/ablation.jsonl at once: a stopped program goes on 
 runs done, it prints the table.
 
 The task: a board of 8 x 8 cells, empty or grey, and one in one of four hues.  Every grey cell's class is that hue, an
-empty cell's is 0: what a cell is, it shows; which hue it takes is far away for most.  A cell has 4 x 4 pixels and so one
-token.  The network is one stage of four blocks with windows of 2 x 2 tokens, which alone carry the hue over a sixteenth of
-the board.  A linear layer on each token answers.
+empty cell's is 0.  What a cell is, it shows; which hue it takes is far away for most.  A cell has 4 x 4 pixels, and so
+one token.  The network is one stage of four blocks with windows of 2 x 2 tokens, which alone carry the hue over a
+sixteenth of the board.  A linear layer on each token answers.
 """
 import argparse
 import json
@@ -26,7 +26,7 @@ from scalablevit import ScalableViT
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
 CELLS, HUES = 8, 4
 NET = dict(dim=32, depths=(4,), heads=(2,), rc=(1.25,), rn=(1 / 4,), window=2, num_classes=0)
-SETTING = dict(steps=200, batch=32, lr=2e-3, warmup=50, weight_decay=0.05)             # for all rows; chosen on the last
+SETTING = dict(steps=200, batch=32, lr=2e-3, warmup=50, weight_decay=0.05)            # for all rows; chosen on the last
 ROWS = {  # name: (arguments, Top-1 and mIoU in the paper)
     "WSA": (dict(pattern=("wsa", "wsa")), 82.4, 38.9),                                  # Table 5(a)
     "IWSA": (dict(pattern=("iwsa", "iwsa")), 82.9, 43.5),
@@ -85,15 +85,21 @@ def train(row, seed):
                                  / ((answers == c) | (labels == c)).sum().item() for c in range(1 + HUES))
 
 
+def setting():
+    """What all rows share, as it stands in the file of results: runs under another setting are kept apart."""
+    return json.loads(json.dumps({**SETTING, **NET}))
+
+
 def finished():
     """{(row, seed): mean IoU} of the runs under this setting."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    return {(run["row"], run["seed"]): run["miou"] for run in lines if run["setting"] == SETTING}
+    return {(run["row"], run["seed"]): run["miou"] for run in lines if run["setting"] == setting()}
 
 
 def run(row, seed):
     began = time.time()
-    result = {"row": row, "seed": seed, "miou": train(row, seed), "seconds": round(time.time() - began), "setting": SETTING}
+    result = {"row": row, "seed": seed, "miou": train(row, seed), "seconds": round(time.time() - began),
+              "setting": setting()}
     part = RESULTS.with_suffix(".part")                                                 # whole or not at all
     part.write_text((RESULTS.read_text() if RESULTS.exists() else "") + json.dumps(result) + "\n")
     part.replace(RESULTS)

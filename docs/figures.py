@@ -105,7 +105,7 @@ def load(file):
 
 
 def border_step(tokens, M=7):
-    """Mean step between neighbouring tokens (H, W, C) of different windows over that within one; nan without borders."""
+    """Mean step between neighbouring tokens (H, W, C) of two windows over that within one; nan without borders."""
     across, inside = [], []
     for x in (tokens, tokens.transpose(0, 1)):
         steps = (x[1:] - x[:-1]).norm(dim=-1)                                           # (n - 1, other axis)
@@ -141,20 +141,21 @@ def maps(out, image=None, weights=None):
             tokens = after[n - 1]                                                       # (H, W, C)
             ratio = border_step(tokens)
             axis.imshow(tokens.abs().mean(-1).numpy())
-            axis.set_title(f"block {n}: " + ("one window" if np.isnan(ratio) else f"border step x {ratio:.2f}"), fontsize=9)
+            step = "one window" if np.isnan(ratio) else f"border step x {ratio:.2f}"
+            axis.set_title(f"block {n}: {step}", fontsize=9)
     save(figure, axes, out / "maps.png")
 
 
 # ---------------------------------------------------------------------------- receptive fields
 def field(out, side=28, dim=16):
-    """log10 of the size of d(one output token)/d(input tokens) after 1, 2 and 4 fresh blocks, and the share that is not 0."""
+    """log10 of the size of d(one output token)/d(input tokens) after 1, 2, 4 fresh blocks; the share that is not 0."""
     figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.2))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
             torch.manual_seed(0)
-            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4              # every other block as Swin has it
-            net = torch.nn.Sequential(*(Block(SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2), dim, 4, 0)
-                                        for k in kinds[:n])).apply(init_weights).double()
+            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # every other block as Swin has it
+            attentions = [SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2) for k in kinds[:n]]
+            net = torch.nn.Sequential(*(Block(attn, dim, 4, 0) for attn in attentions)).apply(init_weights).double()
             x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
             net(x)[0, 14, 17].square().sum().backward()             # a token in the first row of its window
             size = x.grad[0].norm(dim=-1)
@@ -209,7 +210,7 @@ def cost(out, make=scalablevit_s, sides=(224, 448, 672, 896, 1120, 1344), timed=
 def curves(out, log):
     epochs = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
-    for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "validation top-1, %", "learning rate")):
+    for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "top-1, %", "learning rate")):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", markersize=3)
         axis.set(xlabel="epoch", title=label)
     save(figure, None, out / "curves.png")
@@ -228,14 +229,15 @@ def save(figure, pictures, file):
 
 def main():
     parser = argparse.ArgumentParser(description="The pictures of docs/.")
-    parser.add_argument("figures", nargs="*", metavar="network | maps | field | cost | curves", help="which (default: all)")
+    parser.add_argument("figures", nargs="*", help="network, maps, field, cost, curves (default: all)")
     parser.add_argument("--image", help="for maps (default: drawn shapes)")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
     parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
     make = {"network": lambda: network(args.out), "maps": lambda: maps(args.out, args.image, args.weights),
-            "field": lambda: field(args.out), "cost": lambda: cost(args.out), "curves": lambda: curves(args.out, args.log)}
+            "field": lambda: field(args.out), "cost": lambda: cost(args.out),
+            "curves": lambda: curves(args.out, args.log)}
     for name in args.figures or make:
         if name not in make:
             parser.error(f"figures are {', '.join(make)}, got {name!r}")

@@ -26,7 +26,7 @@ class SemanticFPN(nn.Module):
         dims = [stage.embed.conv.out_channels for stage in backbone.stages]             # C_i, at strides 4, 8, 16, 32
         self.lateral = nn.ModuleList(nn.Conv2d(C, width, 1) for C in dims)
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in dims)
-        self.scale = nn.ModuleList(                                 # level i is doubled i times, and convolved each time
+        self.scale = nn.ModuleList(                                # level i is doubled i times, and convolved each time
             nn.ModuleList(nn.Sequential(nn.Conv2d(head if j else width, head, 3, padding=1, bias=False),
                                         nn.BatchNorm2d(head), nn.ReLU()) for j in range(max(i, 1)))
             for i in range(len(dims)))

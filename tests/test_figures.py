@@ -1,4 +1,4 @@
-"""docs/figures.py and docs/ablation.py: their numbers by independent means, and that they run.  Matplotlib is an extra."""
+"""docs/figures.py and docs/ablation.py: their numbers by other means, and that they run.  Matplotlib is an extra."""
 import json
 import pathlib
 import sys
@@ -47,7 +47,7 @@ def test_every_picture_is_drawn(figures, tmp_path):
     figures.field(tmp_path, side=21)
     figures.cost(tmp_path, sides=(32, 64))
     figures.curves(tmp_path, log)
-    assert {file.name for file in tmp_path.glob("*.png")} == {"network.png", "maps.png", "field.png", "cost.png", "curves.png"}
+    assert {file.stem for file in tmp_path.glob("*.png")} == {"network", "maps", "field", "cost", "curves"}
 
 
 def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_the_rows_are_those_of_the_paper():
 @given(st.integers(0, 10 ** 6))
 def test_a_board_is_answered_by_its_one_coloured_cell(seed):
     images, labels = ablation.draw(4, torch.Generator().manual_seed(seed))
-    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))                      # (4, 3, 8, 8), the noise averaged
+    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))                     # (4, 3, 8, 8), the noise averaged
     grey = (cells.amax(1) - cells.amin(1)) < 1                                          # the others are coloured
     assert grey.flatten(1).sum(1).tolist() == [63] * 4
     for n in range(4):

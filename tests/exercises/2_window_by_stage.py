@@ -1,15 +1,16 @@
 """Exercise 2: windows that differ by stage.
 
 Why     At 224 pixels the third stage has 14 x 14 tokens and the last 7 x 7: larger windows cost little there.
-Where   `ScalableViT.__init__` in scalablevit.py: `window` becomes a value per stage, checked like `heads`, and is handed
-        to the blocks of its stage.  A single integer still means the same window everywhere.
+Where   `ScalableViT.__init__` in scalablevit.py: `window` becomes a value per stage, checked like `heads`, and is
+        handed to the blocks of its stage.  A single integer still means the same window everywhere.
 """
 import pytest
 import torch
 
 from scalablevit import ScalableViT
 
-NET = dict(dim=8, depths=(1, 2, 1), heads=(1, 2, 2), rc=(1, 1, 1), rn=(1 / 16, 1 / 4, 1), head_hidden=None, num_classes=5)
+NET = dict(dim=8, depths=(1, 2, 1), heads=(1, 2, 2), rc=(1, 1, 1), rn=(1 / 16, 1 / 4, 1), head_hidden=None,
+           num_classes=5)
 
 
 def test_each_stage_has_its_own_window():

@@ -2,8 +2,8 @@
 
 Why     Between a window and the whole map there is a cross: every token sees its row and its column (axial attention),
         which reaches every border in one layer and any token in two.
-Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `forward` and `macs` as the others have
-        them (`window` plays no part), and its name "axial" in `ATTENTION`.
+Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `forward` and `macs` as the others
+        have them (`window` plays no part), and its name "axial" in `ATTENTION`.
         Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, heads as in `WSA`.
 """
 import torch
