@@ -17,8 +17,8 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -148,8 +148,13 @@ def read(path, size, crop):
         # At 1/2, 1/4 or 1/8 a JPEG is decoded much faster: taken where the crop keeps twice the pixels wanted.
         spare = max(min(w, h) / (2 * size), 1)
         image.draft(None, [math.ceil(side / spare) for side in image.size])
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of no known range")
         if image.mode.startswith("I"):                                # 16 bits of grey, which convert would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise ValueError("its grey values are not within 16 bits")
+            image = Image.fromarray((grey // 256).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image.load()
@@ -240,13 +245,16 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, root, classes, settings):
-        if differing := set(class_names(root)) ^ set(classes):
-            raise Mistake(f"{root} has {len(class_names(root))} classes where {len(classes)} are expected, and "
-                          f"{min(differing)!r} is among only one of them")
+        own, expected = set(class_names(root)), set(classes)
+        if differences := ([f"{name!r} is missing" for name in sorted(expected - own)[:1]] +
+                           [f"{name!r} is one too many" for name in sorted(own - expected)[:1]]):
+            raise Mistake(f"{root} has other classes than the {len(classes)} expected: {', '.join(differences)}")
         extensions, paths, self.labels = Image.registered_extensions(), [], []
         for label, name in enumerate(classes):
             for folder, folders, files in os.walk(root / name, followlinks=True):
-                folders[:] = sorted(d for d in folders if d[0] != ".")
+                here = os.path.join(os.path.realpath(folder), "")     # a link to a folder above would go round
+                folders[:] = sorted(d for d in folders if d[0] != "." and not here.startswith(
+                    os.path.join(os.path.realpath(os.path.join(folder, d)), "")))
                 paths += [os.fsencode(os.path.join(folder, file)) for file in sorted(files)
                           if file[0] != "." and os.path.splitext(file)[1].lower() in extensions]
             if len(paths) == len(self.labels):
@@ -371,6 +379,9 @@ def write(path, content):
         raise Mistake(f"cannot write {path}: {error.strerror}; what was saved there before is untouched") from None
 
 
+TO_GO_ON = "step", "epoch_loss", "log", "unreadable", "optimizer", "extent"       # in last.pt, besides what best.pt has
+
+
 def packed(checkpoint):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -382,15 +393,19 @@ def load(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their arguments as well
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise Mistake(f"cannot load {path}: it is no checkpoint, or holds more than tensors and plain values") from None
-    except (OSError, EOFError, RuntimeError) as error:
-        raise Mistake(f"cannot load {path}: {(str(error) or 'it is empty').splitlines()[0]}") from None
+    except OSError as error:
+        raise Mistake(f"cannot load {path}: {error.strerror}") from None
+    except Exception:                                                 # whatever unpickling does with what is no pickle
+        raise Mistake(f"cannot load {path}: it is no checkpoint, is damaged, or holds more than tensors and plain "
+                      "values") from None
     if isinstance(checkpoint, dict) and "model" not in checkpoint:
         checkpoint = {"model": checkpoint}
     weights = isinstance(checkpoint, dict) and checkpoint["model"]
-    if not (isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values())):
-        raise Mistake(f"cannot load {path}: it is neither a state dict nor a dictionary with one as its 'model'")
+    settings = isinstance(checkpoint, dict) and checkpoint.get("settings", {})
+    if not (isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values())
+            and isinstance(settings, dict) and settings.get("model", "tiny") in MODELS):
+        raise Mistake(f"cannot load {path}: it is neither a ScalableViT's state dict nor a dictionary with one as its "
+                      "'model'")
     if "patch_embeds.0.proj.weight" in weights:
         try:
             checkpoint = {"model": scalablevit.convert_official(weights)}
@@ -433,7 +448,8 @@ def say(text, end="\n"):
     if RANK == 0:
         terminal = sys.stdout.isatty()
         text = text[:shutil.get_terminal_size().columns - 1] if terminal and end == "" else text
-        print(f"\r\x1b[K{text}" if terminal else text, end=end if terminal else "\n", flush=True)
+        with contextlib.suppress(OSError):                            # nobody listens any more: the run goes on
+            print(f"\r\x1b[K{text}" if terminal else text, end=end if terminal else "\n", flush=True)
 
 
 def store_of_this_start():
@@ -478,7 +494,10 @@ def claim(output):
     """The folder of a new run, made by the first process: `output`, or the first free one of runs/1, runs/2, ..."""
     if RANK == 0:
         folder = output or next(p for n in itertools.count(1) if not (p := pathlib.Path(f"runs/{n}")).exists())
-        folder.mkdir(parents=True, exist_ok=bool(output))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(output))
+        except OSError as error:
+            raise Mistake(f"cannot make the folder {folder} (--output): {error.strerror}") from None
     return union({} if RANK else {"output": folder})["output"]
 
 
@@ -573,7 +592,7 @@ def parse_args():
     args.resume = args.resume or restarted
     start = args.output / "last.pt" if args.resume else args.init or args.eval and args.output / "best.pt"
     checkpoint = load(start) if start else {}
-    if args.resume and not {"optimizer", "step", "settings", "classes"} <= set(checkpoint):
+    if args.resume and not {*TO_GO_ON, "settings", "classes"} <= set(checkpoint):
         raise Mistake(f"{start} holds weights, but no run to go on with; --init takes it")
 
     # A flag, else what the checkpoint was trained with, else the default.  Mere starting weights tell their model only.
@@ -604,6 +623,8 @@ def main():
         args, settings, checkpoint = parse_args()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:         # that is nohup
+            signal.signal(signal.SIGHUP, on_signal)                   # the terminal was closed
         run(args, settings, checkpoint)
         if WORLD > 1:
             dist.destroy_process_group()
@@ -658,10 +679,11 @@ def run(args, settings, checkpoint):
     extent, steps = [len(train_set), images], len(train_set) // images
     if steps == 0:
         raise Mistake(f"the {len(train_set)} training images are fewer than the {terms} of one step: "
-                      "lower --batch-size or --accum")
+                      f"lower --batch-size{' or --accum' if settings.accum > 1 else ''}")
     if args.resume and checkpoint["extent"] != extent:
         raise Mistake("this run is over {} images in steps of {}, and cannot go on with {} in steps of {}: keep the "
-                      "data, and the product of processes, --accum and --batch-size".format(*checkpoint["extent"], *extent))
+                      "data, and the product of processes, --accum and --batch-size".format(
+                          *checkpoint["extent"], *extent))
     last = settings.epochs * steps
     exempt = model.no_weight_decay()
     groups = [{"params": [p for name, p in model.named_parameters() if name not in exempt]},
@@ -671,7 +693,7 @@ def run(args, settings, checkpoint):
     step, epoch_loss, log, unreadable = 0, 0.0, [], {}                # log: one dictionary per epoch
     if args.resume:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, epoch_loss, log, unreadable = (checkpoint[name] for name in ("step", "epoch_loss", "log", "unreadable"))
+        step, epoch_loss, log, unreadable = (checkpoint[name] for name in TO_GO_ON[:4])
     net = DistributedDataParallel(model) if WORLD > 1 else model
     batches = iter(load_data(train_set, batch_sampler=training_keys(len(train_set), settings, step, last)))
     output = output if args.resume else claim(output)
@@ -704,8 +726,12 @@ def run(args, settings, checkpoint):
         epoch, done = divmod(step, steps)
         best, over = False, epoch > len(log)                          # was the last step an epoch's last?
         if over:
-            accuracy = evaluate(model, val_loader, bf16)
-            stop = accuracy is None                                   # then a resumed run evaluates first
+            try:
+                accuracy = evaluate(model, val_loader, bf16)
+            except Mistake:
+                save()                                                # a resumed run evaluates first
+                raise
+            stop = accuracy is None
             if not stop:
                 log.append({"epoch": epoch, "loss": epoch_loss / steps, "top1": accuracy[0], "top5": accuracy[1],
                             "lr": optimizer.param_groups[0]["lr"], "unreadable": len(unreadable)})
@@ -717,8 +743,9 @@ def run(args, settings, checkpoint):
             save(best)
         if stop:
             number = signals[0] if signals else signal.SIGTERM        # it may have come to another process
+            start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
             say(f"{signal.Signals(number).name} came: stopped and saved after step {done} of epoch {epoch + 1}; "
-                f"go on with: python {sys.argv[0]} --output {output} --resume")
+                f"go on with: {start} {shlex.quote(sys.argv[0])} --output {shlex.quote(str(output))} --resume")
             raise SystemExit(128 + number)
         if step >= last:
             return
@@ -736,8 +763,10 @@ def run(args, settings, checkpoint):
         found = {path: why for path, why in found.items() if path not in unreadable}
         loss, norm, stop, bad = total(loss.item() / WORLD, norm.item() / WORLD, len(signals), len(found))
         if not math.isfinite(loss + norm):
+            saved = (output / "last.pt").exists()
             raise Mistake(f"the loss is {loss:g} and its gradient's norm {norm:g} at step {done} of epoch {epoch + 1}; "
-                          "last.pt is left as it was before: --resume with a lower --lr may get past this")
+                          + ("last.pt is untouched, and --resume with a lower --lr may get past this" if saved else
+                             "nothing was saved yet: start again with a lower --lr, or other weights"))
         if bad:
             found = union(found)
             unreadable.update(found)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture
 def call(monkeypatch, capfd):
     """Runs the program in this process: call(arguments) -> exit status, what it printed, its errors."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(os, "fsync", lambda file: None)                        # a busy disk takes many seconds over it
 
     def run(*args):
@@ -378,6 +379,14 @@ def test_every_kind_of_image_is_read(mode, tmp_path):
     assert train.read(path, 40, lambda W, H: train.random_crop(W, H, 0.08, random.Random(0))).size == (40, 40)
 
 
+@pytest.mark.parametrize("pixels", [np.linspace(0, 1, 64, dtype=np.float32), np.arange(64, dtype=np.int32) << 20,
+                                    -np.arange(64, dtype=np.int32)])
+def test_numbers_of_unknown_range_are_no_image(pixels, tmp_path):
+    Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="no known range|not within 16 bits"):
+        train.read(tmp_path / "x.tif", 8, as_is)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 def test_images_are_turned_as_their_exif_says(orientation, suffix, tmp_path):
@@ -421,6 +430,8 @@ def test_names_in_any_script_and_links_are_read_and_hidden_and_other_files_are_n
     (tmp_path / "x" / ".cache").mkdir()
     (tmp_path / "x" / "disc" / "link.png").symlink_to(tmp_path / "elsewhere" / "1.png")
     (tmp_path / "x" / "disc" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "x" / "disc" / "loop").symlink_to(tmp_path / "x" / "disc")
+    (tmp_path / "x" / "disc" / "deeper" / "up").symlink_to("../..")
     with open(os.fsencode(tmp_path / "x" / "disc") + b"/\xff\xfe.png", "wb") as file:
         file.write((tmp_path / "elsewhere" / "1.png").read_bytes())
     assert train.class_names(tmp_path / "x") == ["disc"]
@@ -481,7 +492,7 @@ def raiser(error):
     return happen
 
 
-@pytest.mark.parametrize("how, step, workers", [("killed", 8, 0), ("killed", 7, 2), ("SIGTERM", 6, 0), ("SIGINT", 10, 2),
+@pytest.mark.parametrize("how, step, workers", [("killed", 8, 0), ("killed", 7, 2), ("SIGTERM", 6, 0), ("SIGINT", 10, 2), ("SIGHUP", 6, 0),
                                                 ("SIGTERM in evaluation", 8, 0)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, step, workers, data, finished, call, tmp_path, monkeypatch):
     """Saved every 3 steps and at each epoch's end, every 4 steps; stopped in the middle of an epoch or between two."""
@@ -708,8 +719,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(what, data, 
     at_step(monkeypatch, 5, spoil)                                             # which would be saved at its end
     sentence = fail(call("--data", data, "--output", output, "--epochs", 2, "--save-every", 3, *QUICK))
     assert "at step 2 of epoch 2" in sentence and ("inf" if what == "loss" else "nan") in sentence
+    assert "last.pt is untouched" in sentence
     checkpoint = torch.load(output / "last.pt", weights_only=True)
     assert checkpoint["step"] == 4 and all(w.isfinite().all() for w in checkpoint["model"].values())
+
+
+def test_before_anything_was_saved_a_loss_that_is_not_finite_sends_nobody_to_resume(data, call, tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, lambda: monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan)))
+    sentence = fail(call("--data", data, "--output", tmp_path / "out", *QUICK))
+    assert "nothing was saved yet" in sentence and "--resume" not in sentence
+
+
+def test_a_run_that_nobody_listens_to_goes_on(data, call, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(train, "print", broken, raising=False)
+    assert call("--data", data, "--output", tmp_path / "out", "--epochs", 1, *QUICK)[0] == 0
+    assert len(log_of(tmp_path / "out")) == 1
 
 
 def test_out_of_gpu_memory_names_what_to_change(data, call, tmp_path, monkeypatch):
@@ -764,6 +791,10 @@ def test_an_image_of_val_that_cannot_be_read_is_an_error(content, many, call, tm
     args = ["--data", tmp_path, "--output", tmp_path / "out", *QUICK, "--size", 8, "--epochs", 1]
     result = run_apart(*args) if content == "bomb" else call(*args)            # pytest has its own warnings
     assert f"cannot read {file} (" in fail(result) and ("decompression bomb" in result[2]) == (content == "bomb")
+    if content == "empty":                                                     # the epoch is not lost
+        shutil.copy(many / "val" / "b" / "1.png", file)
+        succeed(call("--output", tmp_path / "out", "--resume"))
+        assert len(log_of(tmp_path / "out")) == 1
 
 
 def run_apart(*args):
@@ -799,10 +830,10 @@ def test_a_flag_that_does_not_exist_is_told_and_the_usage_is_short(call):
     (lambda root: shutil.rmtree(root / "val"), "val must be a folder with one folder of images per class"),
     (lambda root: [p.unlink() for p in (root / "train" / "a").iterdir()], "train/a has no images"),
     (lambda root: [p.unlink() for p in (root / "val" / "a").iterdir()], "val/a has no images"),
-    (lambda root: (root / "val" / "cat").mkdir(), "val has 3 classes where 2 are expected, and 'cat' is among only one"),
-    (lambda root: shutil.rmtree(root / "val" / "b"), "val has 1 classes where 2 are expected, and 'b' is among only one"),
+    (lambda root: (root / "val" / "cat").mkdir(), "val has other classes than the 2 expected: 'cat' is one too many"),
+    (lambda root: shutil.rmtree(root / "val" / "b"), "val has other classes than the 2 expected: 'b' is missing"),
     (lambda root: [p.unlink() for p in (root / "train" / "a").iterdir() if p.stem != "1"],
-     "the 5 training images are fewer than the 16 = 1 x 1 x 16 of one step: lower --batch-size or --accum"),
+     "the 5 training images are fewer than the 16 = 1 x 1 x 16 of one step: lower --batch-size"),
 ])
 def test_a_data_set_with_something_wrong_is_told_in_a_line(change, message, call, tmp_path):
     for split in ("train", "val"):
@@ -816,8 +847,11 @@ def test_a_data_set_with_something_wrong_is_told_in_a_line(change, message, call
 @pytest.mark.parametrize("change, message", [
     (lambda last: last.update(model=scalablevit.scalablevit_tiny(num_classes=3).state_dict()), "the weights do not fit"),
     (lambda last: last["settings"].update(model="s"), "the weights do not fit scalablevit_s"),
-    (lambda last: last.update(classes=["bars", "cat"]), "has 2 classes where 2 are expected, and 'cat'"),
+    (lambda last: last.update(classes=["bars", "cat"]), "has other classes than the 2 expected: 'cat' is missing, 'disc' is one too many"),
     (lambda last: last.pop("optimizer"), "holds weights, but no run to go on with"),
+    (lambda last: last.pop("extent"), "holds weights, but no run to go on with"),
+    (lambda last: last.update(settings=3), "cannot load"),
+    (lambda last: last.update(settings={"model": "huge"}), "cannot load"),
     (lambda last: last.update(extent=[64, 32]), "over 64 images in steps of 32, and cannot go on with 64 in steps of 16"),
 ])
 def test_a_last_pt_that_does_not_fit_is_told_in_a_line(change, message, finished, call, tmp_path):
@@ -861,6 +895,28 @@ def test_a_file_that_is_no_checkpoint_is_told_in_a_line(content, tmp_path):
     with pytest.raises(train.Mistake, match="cannot load .*x.pt: ") as caught:
         train.load(tmp_path / "x.pt")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"epoch 1\n", b"\x80\x02}q", b"PK\x03\x04", bytes(range(256))])
+def test_a_file_of_something_else_is_told_in_a_line(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(train.Mistake, match="cannot load .*x.pt: it is no checkpoint"):
+        train.load(tmp_path / "x.pt")
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 2999), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_damaged_checkpoint_is_told_in_a_line_or_still_loads(changes):
+    content = bytearray(train.packed({"model": {"norm.weight": torch.ones(300)}, "settings": {"model": "tiny", "lr": 1.0},
+                                      "classes": ["a", "b"], "log": [{"epoch": 1, "loss": 1.5}]}))
+    for place, byte in changes:
+        content[place % len(content)] = byte
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "x.pt"
+        path.write_bytes(content)
+        try:
+            assert "model" in train.load(path)
+        except train.Mistake as mistake:
+            assert "\n" not in str(mistake)
 
 
 class Trap:
