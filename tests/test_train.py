@@ -250,6 +250,21 @@ def distance(a, b):
     return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
 
 
+def test_stochastic_depth_differs_between_processes_and_steps_and_nothing_else_does(monkeypatch):
+    settings = SimpleNamespace(seed=0, size=16, accum=1, mixup=0, cutmix=0, label_smoothing=0.1)
+    batch = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8) % 3, torch.zeros(8, 4, dtype=torch.long), {}
+
+    def loss(rank, step, drop_path_rate):
+        torch.manual_seed(0)
+        model = scalablevit.scalablevit_tiny(num_classes=3, drop_path_rate=drop_path_rate).train()
+        monkeypatch.setattr(train, "RANK", rank)
+        return train.backward(model, iter([batch]), step, settings, False, 3)[0].item()
+
+    assert loss(0, 0, 0.9) == loss(0, 0, 0.9)
+    assert len({loss(0, 0, 0.9), loss(1, 0, 0.9), loss(0, 1, 0.9)}) == 3
+    assert loss(0, 0, 0) == loss(1, 1, 0)
+
+
 def test_randaugment_does_each_of_two_operations_half_the_time(monkeypatch):
     done = []
     monkeypatch.setattr(train, "RANDAUGMENT", [lambda image, m, s, i=i: done.append((i, m, s)) or image for i in range(15)])
