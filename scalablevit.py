@@ -163,7 +163,7 @@ class SSA(nn.Module):
             reduced = F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s))
             with torch.autocast("cpu", enabled=False):       # bfloat16's backward takes ten times as long as float32's
                 if x.device.type == "cpu":
-                    reduced = reduced.to(self.reduce[0].weight.dtype)
+                    reduced = reduced.to(self.q.weight.dtype)
                 reduced = self.reduce[0](to_map(reduced))                               # (B, C, ⌈H/s⌉, ⌈W/s⌉)
             reduced = to_tokens(self.reduce[1](reduced))                                # (B, ⌈H/s⌉, ⌈W/s⌉, C')
             reduced = F.gelu(self.norm(reduced))

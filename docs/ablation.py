@@ -1,10 +1,10 @@
 """Tables 5(a), 5(b) and 7 of the paper in miniature: the same rows, on a task that a laptop can train on.
 
-    python docs/ablation.py                   12 networks x 3 seeds; a quarter of a minute each on one core
-    python docs/ablation.py --seeds 5         two more of each
+    python docs/ablation.py --seeds 5                         the table at once: docs/ablation.jsonl has these runs
+    python docs/ablation.py --results mine.jsonl              12 networks x 3 seeds anew; 20 s each on one core
 
-Every finished run is in docs/ablation.jsonl at once: a stopped program goes on where it was.  At the end, or with all
-runs done, it prints the table.
+Every finished run is in the file of results at once: a stopped program goes on where it was.  The file does not know
+the code: after a change to a row or to scalablevit.py, take another file.
 
 The task: a board of 8 x 8 cells, empty or grey, and one in one of four hues.  Every grey cell's class is that hue, an
 empty cell's is 0.  What a cell is, it shows; which hue it takes is far away for most.  A cell has 4 x 4 pixels, and so
@@ -15,13 +15,15 @@ import argparse
 import json
 import pathlib
 import statistics
+import sys
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scalablevit import ScalableViT
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+from scalablevit import ScalableViT  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
 CELLS, HUES = 8, 4
@@ -122,9 +124,14 @@ def table():
 
 
 def main():
+    global RESULTS
     parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FILE", help="default: docs/ablation.jsonl")
+    args = parser.parse_args()
+    seeds, RESULTS = args.seeds, args.results
+    if seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {seeds}")
     for seed in range(seeds):                                                           # a whole table, then the next
         for row in ROWS:
             if (row, seed) not in finished():

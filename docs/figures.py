@@ -7,11 +7,13 @@
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
-FILE is a checkpoint of train_minimal.py or a published model; size and pattern are read off its parameters.
+FILE is a checkpoint of train_minimal.py or a published model.  Its size and pattern are read off the parameters, which
+do not tell SWSA from WSA, nor a window from another: windows of 7 are taken, not shifted.
 """
 import argparse
 import json
 import pathlib
+import sys
 import time
 
 import matplotlib
@@ -19,8 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import semantic_fpn
-from scalablevit import (ATTENTION, Block, SSA, ScalableViT, convert_official, init_weights, scalablevit_s,
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+import semantic_fpn  # noqa: E402
+from scalablevit import (  # noqa: E402
+    ATTENTION, Block, SSA, ScalableViT, convert_official, init_weights, scalablevit_s,
                          scalablevit_tiny)
 
 matplotlib.use("Agg")                       # into files, not onto a screen
@@ -238,9 +242,11 @@ def main():
     make = {"network": lambda: network(args.out), "maps": lambda: maps(args.out, args.image, args.weights),
             "field": lambda: field(args.out), "cost": lambda: cost(args.out),
             "curves": lambda: curves(args.out, args.log)}
-    for name in args.figures or make:
+    for name in args.figures:
         if name not in make:
             parser.error(f"figures are {', '.join(make)}, got {name!r}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.figures or make:
         make[name]()
 
 

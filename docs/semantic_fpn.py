@@ -1,17 +1,19 @@
 """Semantic FPN on ScalableViT: the backbone's four maps in, a class for every pixel out (Table 4 of the paper).
 
-    python docs/semantic_fpn.py [STEPS]            trains it on drawn shapes, beside a per-pixel classifier
+    python docs/semantic_fpn.py                    trains it on drawn shapes, beside a per-pixel classifier
 
 After Panoptic Feature Pyramid Networks (Kirillov et al., 2019), in Table 4's sizes: 256 channels in the pyramid, 128 in
 the head, the 150 classes of ADE20K.
 """
+import pathlib
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scalablevit import scalablevit_tiny
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+from scalablevit import scalablevit_tiny  # noqa: E402
 
 
 class SemanticFPN(nn.Module):
@@ -89,8 +91,7 @@ def mean_iou(model, batches=8):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     by_pixel = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 4, 1))       # all that a colour tells
     for name, model in {"per-pixel classifier": by_pixel,
                         "Semantic FPN, tiny": SemanticFPN(scalablevit_tiny(num_classes=0), 4, 64, 32)}.items():
-        print(f"{name:<22}mean IoU {100 * mean_iou(train(model, steps)):.1f} %", flush=True)
+        print(f"{name:<22}mean IoU {100 * mean_iou(train(model, steps=500)):.1f} %", flush=True)

@@ -168,6 +168,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=2, help="per line")
     args = parser.parse_args()
+    if unknown := {*args.what} - {"kernels", "models", "large"}:
+        parser.error(f"what to measure is kernels, models or large, got {min(unknown)!r}")
     torch.set_num_threads(args.threads)
     if sys.platform == "linux":
         # Memory that is freed stays with the process: whether an allocator hands it back, so that the next call pays for

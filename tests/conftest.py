@@ -1,8 +1,12 @@
 """Settings that all tests share: the same examples in every run, one thread, a fixed seed."""
+import pathlib
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # these files, not an installed copy of them
 settings.register_profile("scalablevit", deadline=None, derandomize=True, max_examples=40, print_blob=False,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.load_profile("scalablevit")
