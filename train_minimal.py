@@ -39,7 +39,7 @@ import scalablevit
 # What a run is trained with; each is a flag.  S, B and L: the paper's Appendix C and DeiT's settings, which it follows.
 SETTINGS = {  # for s, b and l; for tiny; for tiny on the data set drawn here; smallest, largest
     "size": (224, 112, 56, 1, 4096, "side of the square images, in pixels"),
-    "epochs": (300, 100, 9, 1, 10 ** 6, "times through as many images as there are"),
+    "epochs": (300, 100, 10, 1, 10 ** 6, "times through as many images as there are"),
     "warmup_epochs": (5.0, 5.0, 1.0, 0, 10 ** 6, "in which the learning rate rises"),
     "batch_size": (128, 64, 64, 1, 10 ** 6, "images at a time in one process"),
     "accum": (1, 1, 1, 1, 10 ** 6, "batches in each process whose gradients make one step"),
