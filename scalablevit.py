@@ -69,7 +69,7 @@ class Linear(nn.Linear):
     onednn = torch.backends.mkldnn.is_available()
 
     def forward(self, x):
-        if self.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        if self.onednn and x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
             return to_tokens(F.conv2d(to_map(x), self.weight[:, :, None, None], self.bias))
         return super().forward(x)
 

@@ -226,7 +226,7 @@ INLINED inline void merge_lim_strip(const Windows& g, const Strip& t, int64_t k,
       });
 }
 
-// Rows begin .. end of pairs of rows; a pair is the strips of the upper one, each with the strip below.
+// Pairs of rows begin .. end: the strips of the upper row, each with the strip below.
 template <class T>
 VECTORISED void merge_lim_pairs(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v,
                                 const Sum<T>* taps, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {

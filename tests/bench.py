@@ -99,12 +99,15 @@ def kernels(args):
 
 
 def swin_t():
-    """timm's Swin-T, or None.  timm imports beside a CPU build of PyTorch if these two operators are there."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    """timm's Swin-T, or None."""
     try:
-        for name in "nms", "qnms":
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import timm
+        try:
+            import timm
+        except RuntimeError:                                       # a torchvision that was built for another PyTorch:
+            library = torch.library.Library("torchvision", "FRAGMENT")     # it misses two operators that are not used
+            for name in "nms", "qnms":
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import timm
         return timm.create_model("swin_tiny_patch4_window7_224", dynamic_img_size=True)
     except ImportError as error:
         print(f"without Swin-T, since timm does not import: {error}")
@@ -148,7 +151,7 @@ def models(args):
 
 
 def large(args):
-    """Rows: sizes; columns: milliseconds of `forward_features`, and the largest tensor it makes."""
+    """Rows: sizes; columns: milliseconds of `forward_features`, and how they grow with the area."""
     peer, own = swin_t(), scalablevit.scalablevit_s().to(args.device).eval()
     print(f"{'one image, float32':34}{'S':>9}{'Swin-T':>9}{'S / Swin-T':>12}{'ms per 224² of area':>21}")
     for H, W in (224, 224), (448, 448), (800, 1280), (512, 2048), (1344, 1344):

@@ -139,6 +139,7 @@ def test_a_linear_layer_on_tokens_is_a_matrix_product_however_it_is_done(shape, 
     expected = (tokens.reshape(-1, shape[3]) @ weight.T + bias).view(y.shape)
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(y.double(), expected, **tolerance)
+    torch.testing.assert_close(layer(x[0]).double(), expected[0], **tolerance)         # no (B, H, W, C)
     for own, right in zip(torch.autograd.grad(y.float().sum(), (x, layer.weight, layer.bias)),
                           torch.autograd.grad(expected.sum(), (x, layer.weight, layer.bias))):
         torch.testing.assert_close(own, right, rtol=3e-2, atol=3e-2 * shape[0] * shape[1])
