@@ -36,6 +36,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 def call(monkeypatch, capfd):
     """Runs the program in this process: call(arguments) -> exit status, what it printed, its errors."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                               # the tests themselves may run under nohup
     monkeypatch.setattr(os, "fsync", lambda file: None)                        # a busy disk takes many seconds over it
 
     def run(*args):
@@ -505,6 +506,12 @@ def raiser(error):
     def happen(*_):
         raise error
     return happen
+
+
+def test_under_nohup_a_run_outlives_its_terminal(data, call, tmp_path, monkeypatch):
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    succeed(call("--data", data, "--output", tmp_path / "out", "--epochs", 1, *QUICK))
 
 
 @pytest.mark.parametrize("how, step, workers", [("killed", 8, 0), ("killed", 7, 2), ("SIGTERM", 6, 0), ("SIGINT", 10, 2), ("SIGHUP", 6, 0),
