@@ -78,8 +78,9 @@ class Linear(nn.Linear):
 def load_kernels():
     """The types of device that the C++/CUDA extension (csrc/) has kernels for; () if it is not installed.
 
-    It makes `window_partition` and the end of `IWSA` one pass over memory each.  Their plain PyTorch form, beside each
-    call, says what the kernels compute, and runs wherever there are none.  SCALABLEVIT_KERNELS=0 turns them off.
+    On a CPU it makes all that `IWSA` does between its two linears one pass over memory, on a GPU `window_partition` and
+    the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels compute, and runs wherever
+    there are none.  SCALABLEVIT_KERNELS=0 turns them off.
     """
     if os.environ.get("SCALABLEVIT_KERNELS") == "0":
         return ()
@@ -324,6 +325,12 @@ class IWSA(WSA):
     def __init__(self, dim, heads, window=7):
         super().__init__(dim, heads, window)
         self.lim = depthwise(dim)
+
+    def attend(self, qkv, mask):
+        if qkv.device.type == "cpu" and "cpu" in KERNELS:          # all of it in one pass; nothing is padded, so no mask
+            M = self.side(*qkv.shape[1:3])
+            return torch.ops.scalablevit.iwsa(qkv, self.lim.weight, self.lim.bias, self.heads, M)
+        return super().attend(qkv, mask)
 
     def merge(self, z, v, qkv, M):
         if qkv.device.type in KERNELS:

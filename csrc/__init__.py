@@ -5,7 +5,7 @@ are in C++, in this folder; what they compute, in plain PyTorch, is in scalablev
 """
 import torch
 from torch.library import register_fake
-from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
+from torch.utils.flop_counter import bmm_flop, conv_backward_flop, conv_flop, register_flop_formula
 
 from ._C import devices  # the types of device that there are kernels for
 
@@ -36,14 +36,45 @@ def _(grad, qkv, weight, heads, M):
     return dz, qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(C)
 
 
-@register_flop_formula(ops.window_merge_lim)                   # what PyTorch counts for the convolution in LIM
-def _(z, qkv, weight, bias, M, out_shape, **_):
-    B, H, W, C = out_shape
+@register_fake("scalablevit::iwsa")
+def _(qkv, weight, bias, heads, M):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+@register_fake("scalablevit::iwsa_backward")
+def _(grad, qkv, weight, heads, M):
+    return qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(grad.shape[3])
+
+
+def lim_flop(B, H, W, C, weight):                              # what PyTorch counts for the convolution in LIM
     return conv_flop((B, C, H, W), weight, None, None, None, None, False, out_val=(B, C, H, W))
+
+
+def lim_backward_flop(B, H, W, C, weight):
+    return conv_backward_flop((B, C, H, W), (B, C, H, W), weight, None, None, None, None, False, None, C,
+                              (True, True, True), out_val=((B, C, H, W), weight, (C,)))
+
+
+def product_flop(B, H, W, C, heads, M):                        # of Q K^T or of A V, over padded windows as the plain form
+    windows = B * -(-H // M) * -(-W // M)
+    return bmm_flop((windows * heads, M * M, C // heads), (windows * heads, C // heads, M * M))
+
+
+@register_flop_formula(ops.window_merge_lim)
+def _(z, qkv, weight, bias, M, out_shape, **_):
+    return lim_flop(*out_shape, weight)
 
 
 @register_flop_formula(ops.window_merge_lim_backward)
 def _(grad, qkv, weight, heads, M, out_shape, **_):
-    B, H, W, C = grad
-    return conv_backward_flop((B, C, H, W), (B, C, H, W), weight, None, None, None, None, False, None, C,
-                              (True, True, True), out_val=((B, C, H, W), weight, (C,)))
+    return lim_backward_flop(*grad, weight)
+
+
+@register_flop_formula(ops.iwsa)
+def _(qkv, weight, bias, heads, M, out_shape, **_):
+    return 2 * product_flop(*out_shape, heads, M) + lim_flop(*out_shape, weight)
+
+
+@register_flop_formula(ops.iwsa_backward)                      # two products for each, and not what is computed again
+def _(grad, qkv, weight, heads, M, out_shape, **_):
+    return 4 * product_flop(*grad, heads, M) + lim_backward_flop(*grad, weight)

@@ -1,5 +1,5 @@
-// The kernels that ops.cpp chooses from: cpu.cpp and cuda.cu have the same three functions.  Pointers are to contiguous
-// tensors, except z.  `Sum` is the type that sums are formed in: double for Float64, else float.
+// The kernels that ops.cpp chooses from: cpu.cpp and cuda.cu have the same three functions, iwsa.cpp two more for the CPU.
+// Pointers are to contiguous tensors, except z.  `Sum` is the type that sums are formed in: double for Float64, else float.
 #pragma once
 #include "windows.h"
 #if defined(WITH_CUDA) || defined(__CUDACC__)
@@ -23,6 +23,11 @@ void merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_
 // dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), and, in Sum, dweight (C, 1, k, k) and dbias (C).
 void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
                         void* dz, void* dqkv, void* dweight, void* dbias);
+
+// qkv (B, H, W, 3C) -> out (B, H, W, C): partition, attention, merge and LIM in one pass.
+void iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias, void* out);
+void iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
+                   void* dqkv, void* dweight, void* dbias);
 
 }  // namespace cpu
 

@@ -64,6 +64,25 @@ Tensor check_weight(const Tensor& weight, const Tensor& qkv) {
   return w.is_cuda() ? w.squeeze(1).permute({1, 2, 0}).contiguous() : w.contiguous();
 }
 
+Tensor check_bias(const Tensor& bias, const Tensor& weight, const Tensor& qkv) {
+  check_same("bias", bias, "weight", weight);
+  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == qkv.size(3) / 3, "bias must have shape (", qkv.size(3) / 3, "), got ",
+              bias.sizes());
+  return bias.to(at::toOpMathType(qkv.scalar_type())).contiguous();
+}
+
+Tensor check_grad(const Tensor& grad, const Windows& g, const Tensor& qkv) {
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({g.B, g.H, g.W, g.channels()}), "grad must have shape (", g.B, ", ", g.H,
+              ", ", g.W, ", ", g.channels(), ") to fit qkv ", qkv.sizes(), ", got ", grad.sizes());
+  check_same("grad", grad, "qkv", qkv);
+  return grad.contiguous();
+}
+
+// A weight's gradient as the weight is: its dtype, its layout.
+Tensor like(const Tensor& weight, const Tensor& dweight) {
+  return weight.is_contiguous() ? dweight.to(weight.scalar_type()) : at::empty_like(weight).copy_(dweight);
+}
+
 #ifdef WITH_CUDA
 // Calls f on the current stream of t's device.
 template <class F>
@@ -116,10 +135,7 @@ Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight
               ", got ", z.sizes());
   const Type type = type_of(qkv);
   check_same("z", z, "qkv", qkv);
-  check_same("bias", bias, "weight", weight);
-  TORCH_CHECK(bias.dim() == 1 && bias.size(0) == g.channels(), "bias must have shape (", g.channels(), "), got ",
-              bias.sizes());
-  const Tensor w = check_weight(weight, qkv), b = bias.to(w.scalar_type()).contiguous(), map = qkv.contiguous();
+  const Tensor w = check_weight(weight, qkv), b = check_bias(bias, weight, qkv), map = qkv.contiguous();
   const int64_t k = weight.size(2);
   const Tensor in = z.stride(3) == 1 ? z : z.contiguous();
   const Strides strides = {in.stride(0), in.stride(1), in.stride(2)};
@@ -142,11 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
                                                                      const Tensor& weight, int64_t heads,
                                                                      int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
-  TORCH_CHECK(grad.sizes() == at::IntArrayRef({g.B, g.H, g.W, g.channels()}), "grad must have shape (", g.B, ", ", g.H,
-              ", ", g.W, ", ", g.channels(), ") to fit qkv ", qkv.sizes(), ", got ", grad.sizes());
   const Type type = type_of(qkv);
-  check_same("grad", grad, "qkv", qkv);
-  const Tensor w = check_weight(weight, qkv), from = grad.contiguous(), map = qkv.contiguous();
+  const Tensor w = check_weight(weight, qkv), from = check_grad(grad, g, qkv), map = qkv.contiguous();
   const int64_t k = weight.size(2), C = g.channels();
   const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
   const Tensor dweight = at::empty_like(weight.contiguous(), w.options()), dbias = at::empty({C}, w.options());
@@ -161,9 +174,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
 #endif
     cpu::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(),
                             dweight.data_ptr(), dbias.data_ptr());
-  const auto type_of_weight = weight.scalar_type();
-  return {dz, dqkv, weight.is_contiguous() ? dweight.to(type_of_weight) : at::empty_like(weight).copy_(dweight),
-          dbias.to(type_of_weight)};  // dweight is laid out as the weight is
+  return {dz, dqkv, like(weight, dweight), dbias.to(weight.scalar_type())};
+}
+
+// qkv (B, H, W, 3C) -> Z + LIM(V) (B, H, W, C)
+Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window) {
+  const Windows g = windows_of(qkv, heads, window);
+  const Type type = type_of(qkv);
+  const Tensor w = check_weight(weight, qkv), b = check_bias(bias, weight, qkv), map = qkv.contiguous();
+  const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
+  cpu::iwsa(g, type, weight.size(2), map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
+  return out;
+}
+
+// The gradient of the output (B, H, W, C) -> those of qkv, weight and bias
+std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
+                                                 int64_t heads, int64_t window) {
+  const Windows g = windows_of(qkv, heads, window);
+  const Type type = type_of(qkv);
+  const Tensor w = check_weight(weight, qkv), from = check_grad(grad, g, qkv), map = qkv.contiguous();
+  const Tensor dqkv = at::empty_like(map), dweight = at::empty_like(weight.contiguous(), w.options());
+  const Tensor dbias = at::empty({g.channels()}, w.options());
+  cpu::iwsa_backward(g, type, weight.size(2), from.data_ptr(), map.data_ptr(), w.data_ptr(), dqkv.data_ptr(),
+                     dweight.data_ptr(), dbias.data_ptr());
+  return {dqkv, like(weight, dweight), dbias.to(weight.scalar_type())};
 }
 
 // ---------------------------------------------------------------- autograd: each operator's backward is an operator
@@ -196,6 +230,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> call_merge_lim_backward(const Tensor&
   static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                                          int64_t, c10::SymInt)>(
       "scalablevit::window_merge_lim_backward");
+  return op.call(grad, qkv, weight, heads, window);
+}
+
+Tensor call_iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, const c10::SymInt& window) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt)>("scalablevit::iwsa");
+  return op.call(qkv, weight, bias, heads, window);
+}
+std::tuple<Tensor, Tensor, Tensor> call_iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
+                                                      int64_t heads, const c10::SymInt& window) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                                                 c10::SymInt)>("scalablevit::iwsa_backward");
   return op.call(grad, qkv, weight, heads, window);
 }
 
@@ -260,6 +306,37 @@ struct MergeLIMBackward : torch::autograd::Function<MergeLIMBackward> {
   }
 };
 
+struct IWSA : torch::autograd::Function<IWSA> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& qkv, const Tensor& weight, const Tensor& bias,
+                        int64_t heads, const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor out = call_iwsa(qkv, weight, bias, heads, window);
+    ctx->save_for_backward({qkv, weight});
+    ctx->saved_data["heads"] = heads;
+    ctx->saved_data["window"] = window;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto inputs = ctx->get_saved_variables();
+    const auto [dqkv, dweight, dbias] = call_iwsa_backward(grads[0], inputs[0], inputs[1],
+                                                           ctx->saved_data["heads"].toInt(),
+                                                           ctx->saved_data["window"].toSymInt());
+    return {dqkv, dweight, dbias, Tensor(), Tensor()};
+  }
+};
+
+struct IWSABackward : torch::autograd::Function<IWSABackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& qkv, const Tensor& weight,
+                               int64_t heads, const c10::SymInt& window) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [dqkv, dweight, dbias] = call_iwsa_backward(grad, qkv, weight, heads, window);
+    return {dqkv, dweight, dbias};
+  }
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "the kernels have no second derivative of IWSA: set SCALABLEVIT_KERNELS=0");
+  }
+};
+
 // What the dispatcher calls where gradients may be wanted.  In inference the bookkeeping would cost as much as the call.
 Tensor partition_autograd(const Tensor& qkv, int64_t heads, c10::SymInt window) {
   if (at::GradMode::is_enabled()) return Partition::apply(qkv, heads, window);
@@ -282,6 +359,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_lim_backward_autograd(const Ten
   return {out[0], out[1], out[2], out[3]};
 }
 
+Tensor iwsa_autograd(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, c10::SymInt window) {
+  if (at::GradMode::is_enabled()) return IWSA::apply(qkv, weight, bias, heads, window);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_iwsa(qkv, weight, bias, heads, window);
+}
+std::tuple<Tensor, Tensor, Tensor> iwsa_backward_autograd(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
+                                                          int64_t heads, c10::SymInt window) {
+  const variable_list out = IWSABackward::apply(grad, qkv, weight, heads, window);
+  return {out[0], out[1], out[2]};
+}
+
 void implement(torch::Library& m) {
   m.impl("window_partition", window_partition);
   m.impl("window_partition_backward", window_partition_backward);
@@ -297,6 +385,9 @@ TORCH_LIBRARY(scalablevit, m) {
   m.def("window_merge_lim(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor");
   m.def("window_merge_lim_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
         " -> (Tensor dz, Tensor dqkv, Tensor dweight, Tensor dbias)");
+  m.def("iwsa(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor");
+  m.def("iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
+        " -> (Tensor dqkv, Tensor dweight, Tensor dbias)");
 }
 
 TORCH_LIBRARY_IMPL(scalablevit, Autograd, m) {
@@ -304,8 +395,14 @@ TORCH_LIBRARY_IMPL(scalablevit, Autograd, m) {
   m.impl("window_partition_backward", partition_backward_autograd);
   m.impl("window_merge_lim", merge_lim_autograd);
   m.impl("window_merge_lim_backward", merge_lim_backward_autograd);
+  m.impl("iwsa", iwsa_autograd);
+  m.impl("iwsa_backward", iwsa_backward_autograd);
 }
-TORCH_LIBRARY_IMPL(scalablevit, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(scalablevit, CPU, m) {
+  implement(m);
+  m.impl("iwsa", iwsa);
+  m.impl("iwsa_backward", iwsa_backward);
+}
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(scalablevit, CUDA, m) { implement(m); }
 #endif

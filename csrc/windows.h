@@ -34,6 +34,9 @@ struct Windows {
     return {b, y, x, (b * h + y / M) * w + s % w, y % M * M, y >= H ? 0 : W - x < M ? W - x : M};
   }
 
+  // A window's first strip; its M strips are w apart.
+  HOST_DEVICE int64_t first_strip(int64_t window) const { return window / w * M * w + window % w; }
+
   // A token in (B, H, W, ...), counted in tokens.
   HOST_DEVICE int64_t token(int64_t b, int64_t y, int64_t x) const { return (b * H + y) * W + x; }
 

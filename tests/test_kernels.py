@@ -92,7 +92,7 @@ def test_partition_moves_every_bit_both_ways(device, case):
 def test_merge_lim_against_its_definition_in_float64(device, case):
     names = ["z", "qkv", "weight", "bias"]
     exact = [case[name].double().requires_grad_() for name in names]
-    given_ = [case[name].to(device).requires_grad_() for name in names]
+    given_ = [case[name].detach().to(device, copy=True).requires_grad_() for name in names]
     out, got = merge_lim(*exact, case["M"]), ops.window_merge_lim(*given_, case["M"])
     assert got.dtype == case["qkv"].dtype
     close(got.detach(), out.detach())
@@ -101,6 +101,61 @@ def test_merge_lim_against_its_definition_in_float64(device, case):
     for name, a, b in zip(names, given_, exact):
         assert a.grad.dtype == a.dtype, name
         close(a.grad, b.grad)
+
+
+def iwsa(qkv, weight, bias, heads, M):
+    """Each window alone: its real tokens attend to each other, and the convolution of the whole value map is added."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(3)                           # (B, H, W, heads, d) each
+    out = F.conv2d(v.flatten(3).permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    rows = []
+    for y in range(0, qkv.shape[1], M):
+        row = []
+        for x in range(0, qkv.shape[2], M):
+            window = [t[:, y:y + M, x:x + M] for t in (q, k, v)]
+            scores = torch.einsum("byxhd,bmnhd->bhyxmn", *window[:2]) / math.sqrt(q.shape[-1])
+            row.append(torch.einsum("bhyxmn,bmnhd->byxhd", scores.flatten(4).softmax(-1).view_as(scores), window[2]))
+        rows.append(torch.cat(row, dim=2))
+    return torch.cat(rows, dim=1).flatten(3) + out.permute(0, 2, 3, 1)
+
+
+@needs_kernels
+@some
+@given(case=cases(), sharpness=st.sampled_from([1, 1, 30]))
+def test_one_pass_against_windows_alone_in_float64(case, sharpness):
+    """On a CPU.  With sharp scores a softmax has all but one of its weights near 0, and a large sum to keep from overflow."""
+    names, heads, M = ["qkv", "weight", "bias"], case["heads"], case["M"]
+    case["qkv"] = case["qkv"] * torch.where(torch.arange(case["qkv"].shape[-1]) < case["qkv"].shape[-1] // 3, sharpness, 1)
+    exact = [case[name].double().requires_grad_() for name in names]
+    given_ = [case[name].detach().clone().requires_grad_() for name in names]
+    out, got = iwsa(*exact, heads, M), ops.iwsa(*given_, heads, M)
+    assert got.dtype == case["qkv"].dtype
+    close(got.detach(), out.detach())
+    out.backward(case["grad"].double())
+    got.backward(case["grad"])
+    for name, a, b in zip(names, given_, exact):
+        assert a.grad.dtype == a.dtype, name
+        close(a.grad, b.grad)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_takes_windows_of_any_size(dtype):
+    """A window of 23 x 19 tokens: more queries than are taken at once, and more keys than fit in registers."""
+    qkv, weight, bias = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((2, 25, 19, 72), (24, 1, 3, 3), (24,)))
+    out, exact = ops.iwsa(qkv, weight, bias, 2, 23), iwsa(qkv.double(), weight.double(), bias.double(), 2, 23)
+    grad = torch.randn_like(out)
+    close(out.detach(), exact.detach())
+    for a, b in zip(torch.autograd.grad(out, (qkv, weight, bias), grad), torch.autograd.grad(exact, (qkv, weight, bias), grad.double())):
+        close(a, b.double())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_one_pass_a_nan_stays_in_its_window(dtype):
+    qkv, weight, bias = torch.randn(1, 6, 6, 24).to(dtype), torch.zeros(8, 1, 3, 3).to(dtype), torch.zeros(8).to(dtype)
+    qkv[0, 1, 2, 0] = math.nan                                     # a query of the first window and head
+    out = ops.iwsa(qkv, weight, bias, 2, 3)
+    assert out[0, 1, 2, :4].isnan().all() and out.isnan().sum() == 4
 
 
 @on_devices
@@ -135,6 +190,11 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda x: ops.window_partition(x, 2, 3), qkv)
     assert torch.autograd.gradgradcheck(lambda x: ops.window_partition(x, 2, 3), qkv)
     assert torch.autograd.gradcheck(lambda *args: ops.window_merge_lim(*args, 3), (z, qkv, weight, bias))
+    if device == "cpu":
+        assert torch.autograd.gradcheck(lambda *args: ops.iwsa(*args, 2, 3), (qkv, weight, bias))
+        first, = torch.autograd.grad(ops.iwsa(qkv, weight, bias, 2, 3).square().sum(), qkv, create_graph=True)
+        with pytest.raises(NotImplementedError, match="SCALABLEVIT_KERNELS=0"):
+            first.sum().backward()
     first, = torch.autograd.grad(ops.window_merge_lim(z, qkv, weight, bias, 3).square().sum(), z, create_graph=True)
     with pytest.raises(NotImplementedError, match="SCALABLEVIT_KERNELS=0"):
         first.sum().backward()
@@ -152,6 +212,9 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(ops.window_merge_lim, (z, qkv, weight, bias, 3))
     inputs = [t.detach() for t in (tensor(2, 8, 5, 8), qkv, weight)]       # it has no derivative of its own
     torch.library.opcheck(ops.window_merge_lim_backward, (*inputs, 2, 3))
+    if device == "cpu":
+        torch.library.opcheck(ops.iwsa, (qkv, weight, bias, 2, 3))
+        torch.library.opcheck(ops.iwsa_backward, (*inputs, 2, 3))
 
 
 @on_devices
@@ -199,6 +262,8 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(device):
             z = ops.window_partition(qkv, 2, 7)[0]
             seen.append((ops.window_merge_lim(z, qkv, weight, weight[:, 0, 0, 0], 7),
                          *ops.window_merge_lim_backward(grad, qkv, weight, 2, 7)))
+            if device == "cpu":
+                seen[-1] += ops.iwsa(qkv, weight, weight[:, 0, 0, 0], 2, 7), *ops.iwsa_backward(grad, qkv, weight, 2, 7)
     finally:
         torch.set_num_threads(threads)
     for results in seen[1:]:
@@ -266,6 +331,30 @@ def bad_inputs():
         ("dtype", merge + "_backward", torch.randn(2, 6, 6, 8).half(), qkv, weight, 2, 3),
         ("odd", merge + "_backward", torch.randn(2, 6, 6, 8), qkv, torch.randn(8, 1, 4, 4), 2, 3),
     ]
+
+
+def bad_inputs_of_one_pass():
+    qkv, weight, bias = torch.randn(2, 6, 6, 24), torch.randn(8, 1, 3, 3), torch.randn(8)
+    return [
+        ("shape", "iwsa", qkv[0], weight, bias, 2, 3),
+        ("channels", "iwsa", qkv, weight, bias, 3, 3),
+        ("window", "iwsa", qkv, weight, bias, 2, 0),
+        ("float32", "iwsa", qkv.int(), weight, bias, 2, 3),
+        ("dtype", "iwsa", qkv, weight, bias.double(), 2, 3),
+        ("weight must be", "iwsa", qkv, weight.bfloat16(), bias.bfloat16(), 2, 3),
+        ("odd", "iwsa", qkv, torch.randn(8, 1, 2, 2), bias, 2, 3),
+        ("bias", "iwsa", qkv, weight, bias[:4], 2, 3),
+        ("grad", "iwsa_backward", torch.randn(2, 6, 6, 4), qkv, weight, 2, 3),
+        ("dtype", "iwsa_backward", torch.randn(2, 6, 6, 8).half(), qkv, weight, 2, 3),
+        ("odd", "iwsa_backward", torch.randn(2, 6, 6, 8), qkv, torch.randn(8, 1, 4, 4), 2, 3),
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("match, op, args", [(match, op, args) for match, op, *args in bad_inputs_of_one_pass()])
+def test_bad_input_of_one_pass(match, op, args):
+    with pytest.raises(RuntimeError, match=match):
+        getattr(ops, op)(*args)
 
 
 @on_devices
