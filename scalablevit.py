@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def to_map(tokens):
@@ -61,17 +62,32 @@ def attention(q, k, v, scale, mask=None):
 
 
 class Linear(nn.Linear):
-    """A linear layer; for tokens (B, H, W, C) on a CPU the 1x1 convolution that it is.
+    """A linear layer; for many tokens (B, H, W, C) on a CPU the 1x1 convolution that it is.
 
-    PyTorch takes convolutions to oneDNN there and float32 linears to MKL, which is slower on many CPUs.
+    PyTorch takes convolutions to oneDNN there, which is faster than its linears as soon as it pays to rearrange the
+    weight first, in every call.
     """
 
     onednn = torch.backends.mkldnn.is_available()
 
     def forward(self, x):
-        if self.onednn and x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        many = x.ndim == 4 and math.prod(x.shape[:3]) >= self.in_features + self.out_features
+        if self.onednn and many and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
             return to_tokens(F.conv2d(to_map(x), self.weight[:, :, None, None], self.bias))
         return super().forward(x)
+
+    def gelu(self, x):
+        """GELU of this layer; in inference on a CPU oneDNN applies it on the fly, as compiled models do."""
+        eager = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        if self.onednn and eager and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return F.gelu(self(x))
+
+
+if Linear.onednn and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)     # so that PyTorch's counter sees it
+    def _(x, weight, *args, **kwargs):
+        return 2 * math.prod(x) * weight[0]
 
 
 # ---------------------------------------------------------------------------- Kernels
@@ -153,10 +169,6 @@ class SSA(nn.Module):
         self.v = Linear(scaled, dim)
         self.proj = Linear(dim, dim)
 
-    def split_heads(self, x):
-        B, H, W, C = x.shape
-        return x.reshape(B, H * W, self.heads, C // self.heads).transpose(1, 2)         # (B, heads, H·W, C/heads)
-
     def forward(self, x):
         B, H, W, C = x.shape
         reduced = x
@@ -168,11 +180,17 @@ class SSA(nn.Module):
                 reduced = self.reduce[0](to_map(reduced))                               # (B, C, ⌈H/s⌉, ⌈W/s⌉)
             reduced = to_tokens(self.reduce[1](reduced))                                # (B, ⌈H/s⌉, ⌈W/s⌉, C')
             reduced = F.gelu(self.norm(reduced))
-        q = self.split_heads(self.q(x))                                                 # (B, heads, N, C'/heads)
-        k = self.split_heads(self.k(reduced))                                           # (B, heads, N_rn, C'/heads)
-        v = self.split_heads(self.v(reduced))                                           # (B, heads, N_rn, C/heads)
-        z = attention(q, k, v, self.scale)                                              # (B, heads, N, C/heads)  (2)
-        return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
+        q = self.q(x).flatten(1, 2)                                                     # (B, N, C')
+        k = self.k(reduced).flatten(1, 2)                                               # (B, N_rn, C')
+        v = self.v(reduced).flatten(1, 2)                                               # (B, N_rn, C)
+        return self.proj(self.attend(q, k, v).reshape(B, H, W, C))
+
+    def attend(self, q, k, v):
+        """Equation (2) for each head's share of the channels: (B, N, C)."""
+        if q.device.type == "cpu" and "cpu" in KERNELS:
+            return torch.ops.scalablevit.ssa(q, k, v, self.heads, self.scale)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))     # (B, heads, N or N_rn, …)
+        return attention(q, k, v, self.scale).transpose(1, 2).flatten(2)
 
     def macs(self, H, W):
         N, N_rn = H * W, -(-H // self.s) * -(-W // self.s)
@@ -380,7 +398,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1.gelu(x))
 
 
 class Block(nn.Module):

@@ -46,6 +46,16 @@ def _(grad, qkv, weight, heads, M):
     return qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(grad.shape[3])
 
 
+@register_fake("scalablevit::ssa")
+def _(q, k, v, heads, scale):
+    return q.new_empty(*q.shape[:2], v.shape[2])
+
+
+@register_fake("scalablevit::ssa_backward")
+def _(grad, q, k, v, heads, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def lim_flop(B, H, W, C, weight):                              # what PyTorch counts for the convolution in LIM
     return conv_flop((B, C, H, W), weight, None, None, None, None, False, out_val=(B, C, H, W))
 
@@ -78,3 +88,15 @@ def _(qkv, weight, bias, heads, M, out_shape, **_):
 @register_flop_formula(ops.iwsa_backward)                      # two products for each, and not what is computed again
 def _(grad, qkv, weight, heads, M, out_shape, **_):
     return 4 * product_flop(*grad, heads, M) + lim_backward_flop(*grad, weight)
+
+
+@register_flop_formula(ops.ssa)
+def _(q, k, v, heads, scale, out_shape, **_):
+    B, N, _ = q
+    return bmm_flop((B, N, k[2]), (B, k[2], k[1])) + bmm_flop((B, N, v[1]), (B, v[1], v[2]))
+
+
+@register_flop_formula(ops.ssa_backward)
+def _(grad, q, k, v, heads, scale, out_shape, **_):
+    B, N, _ = q
+    return 2 * (bmm_flop((B, N, k[2]), (B, k[2], k[1])) + bmm_flop((B, N, v[1]), (B, v[1], v[2])))

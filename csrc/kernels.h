@@ -1,10 +1,15 @@
-// The kernels that ops.cpp chooses from: cpu.cpp and cuda.cu have the same three functions, iwsa.cpp two more for the CPU.
+// The kernels that ops.cpp chooses from: cpu.cpp and cuda.cu have the same three functions, attention.cpp four more for the CPU.
 // Pointers are to contiguous tensors, except z.  `Sum` is the type that sums are formed in: double for Float64, else float.
 #pragma once
 #include "windows.h"
 #if defined(WITH_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
 #endif
+
+// Of SSA's attention: N queries and N_rn keys with d = C'/heads channels in each head, values with d_v = C/heads.
+struct Sizes {
+  int64_t B, N, N_rn, heads, d, d_v;
+};
 
 enum class Type { Float32, Float64, BFloat16, Float16 };
 
@@ -28,6 +33,11 @@ void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad
 void iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias, void* out);
 void iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
                    void* dqkv, void* dweight, void* dbias);
+
+// q (B, N, heads·d), k (B, N_rn, heads·d), v (B, N_rn, heads·d_v) -> out (B, N, heads·d_v): Softmax(Q Kᵀ · scale) V.
+void ssa(const Sizes& n, Type type, double scale, const void* q, const void* k, const void* v, void* out);
+void ssa_backward(const Sizes& n, Type type, double scale, const void* grad, const void* q, const void* k,
+                  const void* v, void* dq, void* dk, void* dv);
 
 }  // namespace cpu
 

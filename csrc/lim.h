@@ -1,4 +1,4 @@
-// LIM on the CPU, a depthwise convolution of V: what `merge_lim` (cpu.cpp) and IWSA in one pass (iwsa.cpp) share.
+// LIM on the CPU, a depthwise convolution of V: what `merge_lim` (cpu.cpp) and IWSA in one pass (attention.cpp) share.
 //
 // v points at V's first number in (B, H, W, 3C); taps (k², C) is the weight, neighbouring channels side by side.
 #pragma once

@@ -200,6 +200,46 @@ std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tenso
   return {dqkv, like(weight, dweight), dbias.to(weight.scalar_type())};
 }
 
+Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads) {
+  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v must have shapes (B, N, C'), (B, N_rn, C') and ",
+              "(B, N_rn, C), got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
+  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) && k.size(2) == q.size(2),
+              "q, k and v must have shapes (B, N, C'), (B, N_rn, C') and (B, N_rn, C) that fit, got ", q.sizes(), ", ",
+              k.sizes(), " and ", v.sizes());
+  TORCH_CHECK(k.size(1) >= 1, "there must be at least one key, got k ", k.sizes());
+  TORCH_CHECK(heads >= 1 && q.size(2) > 0 && v.size(2) > 0 && q.size(2) % heads == 0 && v.size(2) % heads == 0,
+              "heads must divide the channels of q and of v, got ", q.size(2), " and ", v.size(2), " channels and heads=",
+              heads);
+  check_same("k", k, "q", q);
+  check_same("v", v, "q", q);
+  return {q.size(0), q.size(1), k.size(1), heads, q.size(2) / heads, v.size(2) / heads};
+}
+
+// q (B, N, C'), k (B, N_rn, C'), v (B, N_rn, C) -> (B, N, C)
+Tensor ssa(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
+  const Sizes n = sizes_of(q, k, v, heads);
+  const Type type = type_of(q);
+  const Tensor q_ = q.contiguous(), k_ = k.contiguous(), v_ = v.contiguous();
+  const Tensor out = at::empty({n.B, n.N, v.size(2)}, q_.options());
+  cpu::ssa(n, type, scale, q_.data_ptr(), k_.data_ptr(), v_.data_ptr(), out.data_ptr());
+  return out;
+}
+
+// The gradient of the output (B, N, C) -> those of q, k and v
+std::tuple<Tensor, Tensor, Tensor> ssa_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                int64_t heads, double scale) {
+  const Sizes n = sizes_of(q, k, v, heads);
+  const Type type = type_of(q);
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({n.B, n.N, v.size(2)}), "grad must have shape (", n.B, ", ", n.N, ", ",
+              v.size(2), ") to fit q and v, got ", grad.sizes());
+  check_same("grad", grad, "q", q);
+  const Tensor from = grad.contiguous(), q_ = q.contiguous(), k_ = k.contiguous(), v_ = v.contiguous();
+  const Tensor dq = at::empty_like(q_), dk = at::empty_like(k_), dv = at::empty_like(v_);
+  cpu::ssa_backward(n, type, scale, from.data_ptr(), q_.data_ptr(), k_.data_ptr(), v_.data_ptr(), dq.data_ptr(),
+                    dk.data_ptr(), dv.data_ptr());
+  return {dq, dk, dv};
+}
+
 // ---------------------------------------------------------------- autograd: each operator's backward is an operator
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -243,6 +283,17 @@ std::tuple<Tensor, Tensor, Tensor> call_iwsa_backward(const Tensor& grad, const 
   static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t,
                                                                  c10::SymInt)>("scalablevit::iwsa_backward");
   return op.call(grad, qkv, weight, heads, window);
+}
+Tensor call_ssa(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, double)>("scalablevit::ssa");
+  return op.call(q, k, v, heads, scale);
+}
+std::tuple<Tensor, Tensor, Tensor> call_ssa_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                     const Tensor& v, int64_t heads, double scale) {
+  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                                 const Tensor&, int64_t, double)>(
+      "scalablevit::ssa_backward");
+  return op.call(grad, q, k, v, heads, scale);
 }
 
 struct Partition : torch::autograd::Function<Partition> {
@@ -337,6 +388,36 @@ struct IWSABackward : torch::autograd::Function<IWSABackward> {
   }
 };
 
+struct SSA : torch::autograd::Function<SSA> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads,
+                        double scale) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor out = call_ssa(q, k, v, heads, scale);
+    ctx->save_for_backward({q, k, v});
+    ctx->saved_data["heads"] = heads;
+    ctx->saved_data["scale"] = scale;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto inputs = ctx->get_saved_variables();
+    const auto [dq, dk, dv] = call_ssa_backward(grads[0], inputs[0], inputs[1], inputs[2],
+                                                ctx->saved_data["heads"].toInt(), ctx->saved_data["scale"].toDouble());
+    return {dq, dk, dv, Tensor(), Tensor()};
+  }
+};
+
+struct SSABackward : torch::autograd::Function<SSABackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                               int64_t heads, double scale) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [dq, dk, dv] = call_ssa_backward(grad, q, k, v, heads, scale);
+    return {dq, dk, dv};
+  }
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "the kernels have no second derivative of SSA: set SCALABLEVIT_KERNELS=0");
+  }
+};
+
 // What the dispatcher calls where gradients may be wanted.  In inference the bookkeeping would cost as much as the call.
 Tensor partition_autograd(const Tensor& qkv, int64_t heads, c10::SymInt window) {
   if (at::GradMode::is_enabled()) return Partition::apply(qkv, heads, window);
@@ -370,6 +451,17 @@ std::tuple<Tensor, Tensor, Tensor> iwsa_backward_autograd(const Tensor& grad, co
   return {out[0], out[1], out[2]};
 }
 
+Tensor ssa_autograd(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
+  if (at::GradMode::is_enabled()) return SSA::apply(q, k, v, heads, scale);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_ssa(q, k, v, heads, scale);
+}
+std::tuple<Tensor, Tensor, Tensor> ssa_backward_autograd(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                         const Tensor& v, int64_t heads, double scale) {
+  const variable_list out = SSABackward::apply(grad, q, k, v, heads, scale);
+  return {out[0], out[1], out[2]};
+}
+
 void implement(torch::Library& m) {
   m.impl("window_partition", window_partition);
   m.impl("window_partition_backward", window_partition_backward);
@@ -388,6 +480,9 @@ TORCH_LIBRARY(scalablevit, m) {
   m.def("iwsa(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor");
   m.def("iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
         " -> (Tensor dqkv, Tensor dweight, Tensor dbias)");
+  m.def("ssa(Tensor q, Tensor k, Tensor v, int heads, float scale) -> Tensor");
+  m.def("ssa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, int heads, float scale)"
+        " -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 TORCH_LIBRARY_IMPL(scalablevit, Autograd, m) {
@@ -397,11 +492,15 @@ TORCH_LIBRARY_IMPL(scalablevit, Autograd, m) {
   m.impl("window_merge_lim_backward", merge_lim_backward_autograd);
   m.impl("iwsa", iwsa_autograd);
   m.impl("iwsa_backward", iwsa_backward_autograd);
+  m.impl("ssa", ssa_autograd);
+  m.impl("ssa_backward", ssa_backward_autograd);
 }
 TORCH_LIBRARY_IMPL(scalablevit, CPU, m) {
   implement(m);
   m.impl("iwsa", iwsa);
   m.impl("iwsa_backward", iwsa_backward);
+  m.impl("ssa", ssa);
+  m.impl("ssa_backward", ssa_backward);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(scalablevit, CUDA, m) { implement(m); }

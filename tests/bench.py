@@ -1,6 +1,6 @@
-"""How fast ScalableViT-S and its kernels are, beside their peers.
+"""How fast ScalableViT-S and its kernels are, and how much memory they take, beside their peers.
 
-    python tests/bench.py [kernels] [models] [large] [--device cuda] [--batch 8] [--threads 2] [--seconds 2]
+    python tests/bench.py [kernels] [models] [large] [--device cuda] [--batch 8] [--threads 2] [--seconds 2] [--compile]
 
     kernels   the four stage shapes at 224x224: the plain PyTorch form, the kernel, and a copy that reads and writes as
               many bytes as the kernel must
@@ -8,10 +8,12 @@
     large     `forward_features` of one image, 224x224 to 1344x1344, beside Swin-T's
 
 One run takes turns between the sides, so that whatever else the machine does meets all of them.  Medians in milliseconds.
+Memory is what a process that does nothing else grows by until its peak, weights and all.
 """
 import argparse
 import ctypes
 import math
+import multiprocessing
 import pathlib
 import statistics
 import sys
@@ -52,29 +54,40 @@ def switched(kernels, function):
     return call
 
 
+def stage_calls(size, C, heads, args, dtype):
+    """(name, function, its inputs, numbers per token that a forward and a backward pass must read and write, over 2C).
+
+    A copy of n numbers reads n and writes n.  Per token and in units of C: the partition moves 3 + 3; merge reads Z and V
+    and writes 1, backward it reads the gradient and V and writes dZ and the three thirds of dQKV; IWSA in one pass reads 3
+    and writes 1, backward 3 + 1 and 3; SSA reads Q and writes 1, backward the gradient and Q, and dQ.
+    """
+    iwsa = scalablevit.IWSA(C, heads, M).to(args.device, dtype)
+    rc = 1.25 if size > 7 else 1
+    ssa = scalablevit.SSA(C, heads, rc, 49 / size ** 2).to(args.device, dtype)
+
+    def tensor(*shape):
+        return torch.randn(*shape, device=args.device).to(dtype).requires_grad_()
+
+    qkv, lim = tensor(args.batch, size, size, 3 * C), [iwsa.lim.weight, iwsa.lim.bias]
+    with torch.no_grad():                                          # laid out as attention leaves it
+        windows = scalablevit.window_partition(qkv.detach(), heads, M)
+        z = torch.nn.functional.scaled_dot_product_attention(*windows).requires_grad_()
+    q, k, v = (tensor(args.batch, n, c) for n, c in ((size ** 2, int(C * rc)), (49, int(C * rc)), (49, C)))
+    yield "partition", lambda: scalablevit.window_partition(qkv, heads, M), [qkv], 3, 3
+    yield "merge + LIM", lambda: iwsa.merge(z, None, qkv, M), [z, qkv, *lim], 1.5, 3
+    yield "IWSA, both", lambda: scalablevit.WSA.attend(iwsa, qkv, None), [qkv, *lim], 2, 3.5
+    if args.device == "cpu":
+        yield "IWSA, 1 pass", lambda: iwsa.attend(qkv, None), [qkv, *lim], 2, 3.5
+        yield "SSA", lambda: ssa.attend(q, k, v), [q, k, v], (1 + rc) / 2, (1 + 2 * rc) / 2
+
+
 def kernels(args):
     if args.device not in KERNELS:
         sys.exit(f"scalablevit_kernels is not built for {args.device} (kernels: {', '.join(KERNELS) or 'none'})")
-    print(f"{'':43}{'plain':>9}{'kernel':>9}{'copy':>9}{'plain/kernel':>14}{'kernel/copy':>13}")
+    print(f"{'':44}{'plain':>9}{'kernel':>9}{'copy':>9}{'plain/kernel':>14}{'kernel/copy':>13}")
     for size, C, heads in STAGES:
         for dtype in torch.float32, torch.bfloat16:
-            iwsa = scalablevit.IWSA(C, heads, M).to(args.device, dtype)
-            qkv = torch.randn(args.batch, size, size, 3 * C, device=args.device).to(dtype).requires_grad_()
-            windows = scalablevit.window_partition(qkv.detach(), heads, M)
-            with torch.no_grad():                                  # laid out as attention leaves it
-                z = torch.nn.functional.scaled_dot_product_attention(*windows).requires_grad_()
-
-            def partition():
-                return scalablevit.window_partition(qkv, heads, M)
-
-            def merge():
-                return iwsa.merge(z, None, qkv, M)
-
-            inputs = {partition: [qkv], merge: [z, qkv, iwsa.lim.weight, iwsa.lim.bias]}
-            # Read and written per token, in units of C: partition 3 + 3; merge z, V and the output; its backward the
-            # gradient and V, dz and the three thirds of dqkv.  A copy of n reads n and writes n.
-            for name, function, forward_units, backward_units in (("partition", partition, 3, 3),
-                                                                  ("merge + LIM", merge, 1.5, 3)):
+            for name, function, inputs, forward_units, backward_units in stage_calls(size, C, heads, args, dtype):
                 grad = torch.randn_like(function())
 
                 def forward():
@@ -82,24 +95,24 @@ def kernels(args):
                         return function()
 
                 def both():
-                    return torch.autograd.grad(function(), inputs[function], grad)
+                    return torch.autograd.grad(function(), inputs, grad)
 
                 graphs = {kernels: switched(kernels, function)() for kernels in ((), KERNELS)}
 
                 def backward():
-                    return torch.autograd.grad(graphs[scalablevit.KERNELS], inputs[function], grad, retain_graph=True)
+                    return torch.autograd.grad(graphs[scalablevit.KERNELS], inputs, grad, retain_graph=True)
 
                 for what, call, units in (("forward", forward, forward_units), ("backward", backward, backward_units),
                                           ("forward + backward", both, forward_units + backward_units)):
-                    source = torch.randn(int(qkv.numel() // 3 * units), device=args.device).to(dtype)
+                    source = torch.randn(int(args.batch * size ** 2 * C * units), device=args.device).to(dtype)
                     plain, kernel, copy = medians([switched((), call), switched(KERNELS, call), source.clone],
                                                   args.device, args.seconds)
-                    print(f"{size:2}x{size:<2} C {C:<3} {str(dtype)[6:]:<9}{name:<12}{what:<18}{plain:9.3f}{kernel:9.3f}"
+                    print(f"{size:2}x{size:<2} C {C:<3} {str(dtype)[6:]:<9}{name:<13}{what:<18}{plain:9.3f}{kernel:9.3f}"
                           f"{copy:9.3f}{plain / kernel:14.2f}{kernel / copy:13.2f}", flush=True)
 
 
-def swin_t():
-    """timm's Swin-T, or None."""
+def peers(device):
+    """Names in timm of the models to compare with, those that timm can build here."""
     try:
         try:
             import timm
@@ -107,60 +120,112 @@ def swin_t():
             library = torch.library.Library("torchvision", "FRAGMENT")     # it misses two operators that are not used
             for name in "nms", "qnms":
                 library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            import timm
-        return timm.create_model("swin_tiny_patch4_window7_224", dynamic_img_size=True)
+            import timm                                            # noqa: F401
     except ImportError as error:
-        print(f"without Swin-T, since timm does not import: {error}")
+        print(f"without peers, since timm does not import: {error}")
+        return {}
+    return {"Swin-T": "swin_tiny_patch4_window7_224"} | ({"Twins-S": "twins_svt_small"} if device == "cuda" else {})
+
+
+def build(name):
+    if name == "S":
+        return scalablevit.scalablevit_s()
+    import timm
+    return timm.create_model(name, **({"dynamic_img_size": True} if name.startswith("swin") else {}))
+
+
+def inference(model, images, dtype, autocast):
+    model, x = model.to(images.device, dtype).eval(), images.to(dtype, memory_format=torch.channels_last)
+
+    def call():
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            model(x)
+    return call
+
+
+def features(model, images, dtype, autocast):
+    model = model.to(images.device, dtype).eval()
+
+    def call():
+        with torch.inference_mode():
+            model.forward_features(images.to(dtype))
+    return call
+
+
+def training(model, images, dtype, autocast):
+    model, images = model.to(images.device, dtype).train(), images.to(memory_format=torch.channels_last)
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def call():
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return call
+
+
+def peak(args, name, make, shape, *how):
+    """MB that a process of its own grows by, until the peak of two calls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_here, (args, name, make, shape, *how))
+
+
+def peak_here(args, name, make, shape, *how):
+    def resident(which):
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith(which))
+
+    torch.set_num_threads(args.threads)
+    peers(args.device)                                             # what an import takes is not counted
+    images = torch.randn(*shape, device=args.device)
+    if args.device == "cpu" and sys.platform != "linux":
+        return math.nan
+    before = resident("VmRSS") if args.device == "cpu" else 0
+    call = make(build(name), images, *how)
+    call(), call()
+    return resident("VmHWM") - before if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2 ** 20
 
 
 def models(args):
-    """Rows: what is done; columns: milliseconds, and how many times as fast as Swin-T S is."""
-    peer, images = swin_t(), torch.randn(args.batch, 3, 224, 224, device=args.device)
-    labels = torch.randint(0, 1000, (args.batch,), device=args.device)
-
-    def inference(model, dtype, autocast):
-        model, x = model.to(args.device, dtype).eval(), images.to(dtype)
-
-        def call():
-            with torch.inference_mode():
-                model(x)
-        return call
-
-    def training(model, dtype, autocast):
-        model = model.to(args.device, dtype).train()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-        def call():
-            with torch.autocast(args.device, torch.bfloat16, enabled=autocast):
-                loss = torch.nn.functional.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return call
-
-    print(f"{'batch ' + str(args.batch) + ', 224x224':34}{'S':>9}{'plain':>9}{'Swin-T':>9}{'S / Swin-T':>12}{'S / plain':>11}")
-    for name, make, dtype, autocast in (("inference, float32", inference, torch.float32, False),
+    """Rows: what is done; columns: milliseconds, how many times as fast as the others S is, and peak memory."""
+    others = peers(args.device)
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    print(f"{f'batch {args.batch}, 224x224':34}{'S':>9}{'plain':>9}{''.join(f'{name:>9}' for name in others)}"
+          f"{'S / plain':>11}{''.join(f'  S / {name}' for name in others)}    peak MB: S{''.join(f', {name}' for name in others)}")
+    for what, make, dtype, autocast in (("inference, float32", inference, torch.float32, False),
                                         ("inference, bfloat16", inference, torch.bfloat16, False),
                                         ("training step, float32", training, torch.float32, False),
                                         ("training step, bfloat16 autocast", training, torch.float32, True)):
-        own = make(scalablevit.scalablevit_s(), dtype, autocast)
-        sides = [switched(KERNELS, own), switched((), own)] + [make(peer, dtype, autocast)] * (peer is not None)
-        s, plain, *swin = medians(sides, args.device, 4 * args.seconds)
-        print(f"{name:34}{s:9.0f}{plain:9.0f}{swin[0] if swin else math.nan:9.0f}"
-              f"{swin[0] / s if swin else math.nan:12.2f}{plain / s:11.2f}", flush=True)
+        def side(name):
+            model = build(name)
+            return make(torch.compile(model) if args.compile else model, images, dtype, autocast)
+
+        own = side("S")
+        sides = [switched(KERNELS, own)] + [switched((), own)] * (not args.compile) + [side(name) for name in others.values()]
+        s, *rest = medians(sides, args.device, 4 * args.seconds)
+        plain, *rest = [math.nan, *rest] if args.compile else rest
+        memory = [math.nan if args.compile else peak(args, name, make, images.shape, dtype, autocast)
+                  for name in ("S", *others.values())]
+        print(f"{what:34}{s:9.0f}{plain:9.0f}{''.join(f'{t:9.0f}' for t in rest)}{plain / s:11.2f}"
+              f"{''.join(f'{t / s:{len(name) + 6}.2f}' for t, name in zip(rest, others))}"
+              f"    {', '.join(f'{m:.0f}' for m in memory)}", flush=True)
 
 
 def large(args):
-    """Rows: sizes; columns: milliseconds of `forward_features`, and how they grow with the area."""
-    peer, own = swin_t(), scalablevit.scalablevit_s().to(args.device).eval()
-    print(f"{'one image, float32':34}{'S':>9}{'Swin-T':>9}{'S / Swin-T':>12}{'ms per 224² of area':>21}")
-    for H, W in (224, 224), (448, 448), (800, 1280), (512, 2048), (1344, 1344):
-        x = torch.randn(1, 3, H, W, device=args.device)
-        sides = [own.forward_features] + [peer.to(args.device).eval().forward_features] * (peer is not None)
-        with torch.inference_mode():
-            s, *swin = medians([lambda side=side: side(x) for side in sides], args.device, 4 * args.seconds)
-        print(f"{f'{H}x{W}':34}{s:9.0f}{swin[0] if swin else math.nan:9.0f}"
-              f"{swin[0] / s if swin else math.nan:12.2f}{s / (H * W / 224 ** 2):21.1f}", flush=True)
+    """Rows: sizes; columns: milliseconds and peak memory of one image's features, and how time grows with the area."""
+    others = {"Swin-T": name for name in peers("cpu").values()}
+    print(f"{'features of one image, float32':34}{'S':>9}{'Swin-T':>9}{'S / Swin-T':>12}{'ms per 224² of area':>21}"
+          f"    peak MB: S{', Swin-T' if others else ''}")
+    for shape in (1, 3, 224, 224), (1, 3, 448, 448), (1, 3, 512, 2048), (1, 3, 800, 1280), (1, 3, 1344, 1344):
+        images = torch.randn(*shape, device=args.device)
+        sides = [features(build(name), images, torch.float32, False) for name in ("S", *others.values())]
+        s, *swin = medians(sides, args.device, 4 * args.seconds)
+        memory = [peak(args, name, features, shape, torch.float32, False) for name in ("S", *others.values())]
+        print(f"{f'{shape[2]}x{shape[3]}':34}{s:9.0f}{swin[0] if swin else math.nan:9.0f}"
+              f"{swin[0] / s if swin else math.nan:12.2f}{s / (shape[2] * shape[3] / 224 ** 2):21.1f}"
+              f"    {', '.join(f'{m:.0f}' for m in memory)}", flush=True)
 
 
 def main():
@@ -169,6 +234,7 @@ def main():
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--compile", action="store_true", help="the models through torch.compile")
     parser.add_argument("--seconds", type=float, default=2, help="per line")
     args = parser.parse_args()
     if unknown := {*args.what} - {"kernels", "models", "large"}:

@@ -44,14 +44,8 @@ def merge_lim(z, qkv, weight, bias, M):
     return window_merge(z, H, W, M) + lim.permute(0, 2, 3, 1)
 
 
-@st.composite
-def cases(draw):
-    """Random tensors for all operators, in any layout: sizes that M divides or not, maps smaller than a window."""
-    B, H, W = draw(st.integers(0, 3)), draw(st.integers(1, 17)), draw(st.integers(1, 17))
-    heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 12, 16, 20, 24, 32, 33]))
-    M, k = draw(st.integers(1, 9)), draw(st.sampled_from([1, 3, 5, 7]))
-    dtype, C = draw(st.sampled_from(DTYPES)), heads * d
-    windows = B * math.ceil(H / M) * math.ceil(W / M)
+def tensors(draw, dtype):
+    """tensor(*shape): random numbers in any layout in memory."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
     def tensor(*shape, dtype=dtype):
@@ -60,6 +54,17 @@ def cases(draw):
         full = torch.randn([shape[i] for i in order[:-1]] + [shape[order[-1]] * step], generator=generator).to(dtype)
         return full[..., ::step].permute([order.index(i) for i in range(len(shape))])
 
+    return tensor
+
+
+@st.composite
+def cases(draw):
+    """For IWSA's operators: sizes that M divides or not, maps smaller than a window."""
+    B, H, W = draw(st.integers(0, 3)), draw(st.integers(1, 17)), draw(st.integers(1, 17))
+    heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 12, 16, 20, 24, 32, 33]))
+    M, k = draw(st.integers(1, 9)), draw(st.sampled_from([1, 3, 5, 7]))
+    dtype, C = draw(st.sampled_from(DTYPES)), heads * d
+    windows, tensor = B * math.ceil(H / M) * math.ceil(W / M), tensors(draw, dtype)
     weights = draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)]))    # autocast: float32
     return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=tensor(windows, heads, M * M, d),
                 weight=tensor(C, 1, k, k, dtype=weights), bias=tensor(C, dtype=weights),
@@ -149,6 +154,41 @@ def test_one_pass_takes_windows_of_any_size(dtype):
         close(a, b.double())
 
 
+def ssa(q, k, v, heads, scale):
+    """Equation (2) as it is written, head by head."""
+    outs = []
+    for q, k, v in zip(*(t.chunk(heads, dim=2) for t in (q, k, v))):
+        outs.append((q @ k.transpose(1, 2) * scale).softmax(-1) @ v)
+    return torch.cat(outs, dim=2)
+
+
+@st.composite
+def ssa_cases(draw):
+    """More queries than a thread takes at once and fewer than a vector has; heads of two sizes, as SSA's are."""
+    B, N, keys = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 5, 57, 448, 460])), draw(st.sampled_from([1, 7, 16, 49, 90]))
+    heads, d, d_v = draw(st.integers(1, 3)), *(draw(st.sampled_from([1, 3, 8, 16, 20, 40])) for _ in "kv")
+    dtype = draw(st.sampled_from(DTYPES))
+    tensor, scale = tensors(draw, dtype), draw(st.sampled_from([0.0, 0.2, -1.0, 30.0]))
+    return dict(q=tensor(B, N, heads * d), k=tensor(B, keys, heads * d), v=tensor(B, keys, heads * d_v),
+                grad=tensor(B, N, heads * d_v), heads=heads, scale=scale)
+
+
+@needs_kernels
+@some
+@given(case=ssa_cases())
+def test_ssa_against_its_definition_in_float64(case):
+    exact = [case[name].double().requires_grad_() for name in "qkv"]
+    given_ = [case[name].detach().clone().requires_grad_() for name in "qkv"]
+    out, got = ssa(*exact, case["heads"], case["scale"]), ops.ssa(*given_, case["heads"], case["scale"])
+    assert got.dtype == case["q"].dtype
+    close(got.detach(), out.detach())
+    out.backward(case["grad"].double())
+    got.backward(case["grad"])
+    for name, a, b in zip("qkv", given_, exact):
+        assert a.grad.dtype == a.dtype, name
+        close(a.grad, b.grad)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_one_pass_a_nan_stays_in_its_window(dtype):
@@ -191,6 +231,11 @@ def test_gradcheck(device):
     assert torch.autograd.gradgradcheck(lambda x: ops.window_partition(x, 2, 3), qkv)
     assert torch.autograd.gradcheck(lambda *args: ops.window_merge_lim(*args, 3), (z, qkv, weight, bias))
     if device == "cpu":
+        q, k, v = leaf(2, 5, 6), leaf(2, 3, 6), leaf(2, 3, 4)
+        assert torch.autograd.gradcheck(lambda *args: ops.ssa(*args, 2, 0.7), (q, k, v))
+        first, = torch.autograd.grad(ops.ssa(q, k, v, 2, 0.7).square().sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="SCALABLEVIT_KERNELS=0"):
+            first.sum().backward()
         assert torch.autograd.gradcheck(lambda *args: ops.iwsa(*args, 2, 3), (qkv, weight, bias))
         first, = torch.autograd.grad(ops.iwsa(qkv, weight, bias, 2, 3).square().sum(), qkv, create_graph=True)
         with pytest.raises(NotImplementedError, match="SCALABLEVIT_KERNELS=0"):
@@ -215,6 +260,9 @@ def test_opcheck(device, dtype):
     if device == "cpu":
         torch.library.opcheck(ops.iwsa, (qkv, weight, bias, 2, 3))
         torch.library.opcheck(ops.iwsa_backward, (*inputs, 2, 3))
+        q, k, v = tensor(2, 9, 8), tensor(2, 5, 8), tensor(2, 5, 12)
+        torch.library.opcheck(ops.ssa, (q, k, v, 2, 0.5))
+        torch.library.opcheck(ops.ssa_backward, (torch.randn(2, 9, 12).to(dtype), q.detach(), k.detach(), v.detach(), 2, 0.5))
 
 
 @on_devices
@@ -264,6 +312,8 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(device):
                          *ops.window_merge_lim_backward(grad, qkv, weight, 2, 7)))
             if device == "cpu":
                 seen[-1] += ops.iwsa(qkv, weight, weight[:, 0, 0, 0], 2, 7), *ops.iwsa_backward(grad, qkv, weight, 2, 7)
+                q, k = qkv.flatten(1, 2), grad.flatten(1, 2)[:, :99]
+                seen[-1] += ops.ssa(q[..., :40], k, k, 2, 0.5), *ops.ssa_backward(q[..., :40], q[..., 40:80], k, k, 2, 0.5)
     finally:
         torch.set_num_threads(threads)
     for results in seen[1:]:
@@ -335,6 +385,7 @@ def bad_inputs():
 
 def bad_inputs_of_one_pass():
     qkv, weight, bias = torch.randn(2, 6, 6, 24), torch.randn(8, 1, 3, 3), torch.randn(8)
+    q, k, v = torch.randn(2, 9, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 12)
     return [
         ("shape", "iwsa", qkv[0], weight, bias, 2, 3),
         ("channels", "iwsa", qkv, weight, bias, 3, 3),
@@ -347,6 +398,18 @@ def bad_inputs_of_one_pass():
         ("grad", "iwsa_backward", torch.randn(2, 6, 6, 4), qkv, weight, 2, 3),
         ("dtype", "iwsa_backward", torch.randn(2, 6, 6, 8).half(), qkv, weight, 2, 3),
         ("odd", "iwsa_backward", torch.randn(2, 6, 6, 8), qkv, torch.randn(8, 1, 4, 4), 2, 3),
+        ("shapes", "ssa", q[0], k, v, 2, 1.0),
+        ("fit", "ssa", q, k[:1], v, 2, 1.0),
+        ("fit", "ssa", q, k, v[:, :3], 2, 1.0),
+        ("fit", "ssa", q, k[..., :6], v, 2, 1.0),
+        ("at least one key", "ssa", q, k[:, :0], v[:, :0], 2, 1.0),
+        ("heads", "ssa", q, k, v, 3, 1.0),
+        ("heads", "ssa", q, k, v, 0, 1.0),
+        ("heads", "ssa", q, k, v[..., :0], 2, 1.0),
+        ("dtype", "ssa", q, k.double(), v, 2, 1.0),
+        ("float32", "ssa", q.int(), k.int(), v.int(), 2, 1.0),
+        ("grad", "ssa_backward", q, q, k, v, 2, 1.0),
+        ("dtype", "ssa_backward", torch.randn(2, 9, 12).half(), q, k, v, 2, 1.0),
     ]
 
 
