@@ -14,6 +14,7 @@
 // AVX-512 or AVX2 where the machine has it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define BFLOAT16_PAIRS __attribute__((target("arch=x86-64-v4")))  // for what calls AVX512-BF16's instruction by name
 #else
 #define VECTORISED
 #endif
