@@ -77,12 +77,17 @@ class Linear(nn.Linear):
             return to_tokens(F.conv2d(to_map(x), self.weight[:, :, None, None], self.bias))
         return super().forward(x)
 
-    def gelu(self, x):
-        """GELU of this layer; in inference on a CPU oneDNN applies it on the fly, as compiled models do."""
-        eager = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        if self.onednn and eager and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-        return F.gelu(self(x))
+
+def linear_gelu(linear, x):
+    """GELU(linear(x)); in inference mode on a CPU oneDNN applies the GELU on the fly, as it does in compiled models."""
+    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+    eager = eager and torch.is_inference_mode_enabled()
+    if type(linear) is Linear and linear.onednn and eager and not (linear._forward_hooks or linear._forward_pre_hooks):
+        w = linear.weight
+        fits = x.device == w.device and x.dtype == w.dtype and x.shape[-1] == w.shape[1]
+        if fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+            return torch.ops.mkldnn._linear_pointwise(x, w, linear.bias, "gelu", [], "none")
+    return F.gelu(linear(x))
 
 
 if Linear.onednn and torch.ops.mkldnn._linear_pointwise not in flop_registry:
@@ -95,8 +100,8 @@ if Linear.onednn and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 def load_kernels():
     """The types of device that the C++/CUDA extension (csrc/) has kernels for; () if it is not installed.
 
-    On a CPU it makes all that `IWSA` does between its two linears one pass over memory, on a GPU `window_partition` and
-    the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels compute, and runs wherever
+    On a CPU it makes all that `IWSA` does between its two linears one pass over memory, and SSA's attention another; on a
+    GPU `window_partition` and the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels compute, and runs wherever
     there are none.  SCALABLEVIT_KERNELS=0 turns them off.
     """
     if os.environ.get("SCALABLEVIT_KERNELS") == "0":
@@ -269,14 +274,13 @@ class WSA(nn.Module):
         return 0, 0
 
     def forward(self, x):
-        H, W = x.shape[1:3]
-        mask = window_mask(H, W, self.side(H, W), device=x.device)
-        return self.proj(self.attend(self.qkv(x), mask))
+        return self.proj(self.attend(self.qkv(x), *x.shape[1:3]))
 
-    def attend(self, qkv, mask):
-        """(B, H, W, 3C) -> (B, H, W, C)"""
-        M = self.side(*qkv.shape[1:3])
+    def attend(self, qkv, H, W, shift=(0, 0)):
+        """(B, H, W, 3C) -> (B, H, W, C), where qkv may have been padded beyond the H x W tokens (`SWSA`)."""
+        M = self.side(H, W)
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
+        mask = window_mask(H, W, M, shift, qkv.device)
         if mask is not None:
             mask = mask.repeat(qkv.shape[0], 1, 1, 1)                                   # (B·windows, 1, M², M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
@@ -308,7 +312,7 @@ class SWSA(WSA):
         H, W = x.shape[1:3]
         M, (sh, sw) = self.side(H, W), self.shift(H, W)
         qkv = F.pad(self.qkv(x), (0, 0, 0, -W % M, 0, -H % M)).roll((-sh, -sw), (1, 2))  # (B, h·M, w·M, 3C)
-        z = self.attend(qkv, window_mask(H, W, M, (sh, sw), x.device))
+        z = self.attend(qkv, H, W, (sh, sw))
         return self.proj(z.roll((sh, sw), (1, 2))[:, :H, :W])
 
 
@@ -345,11 +349,10 @@ class IWSA(WSA):
         super().__init__(dim, heads, window)
         self.lim = depthwise(dim)
 
-    def attend(self, qkv, mask):
-        if qkv.device.type == "cpu" and "cpu" in KERNELS:          # all of it in one pass; nothing is padded, so no mask
-            M = self.side(*qkv.shape[1:3])
-            return torch.ops.scalablevit.iwsa(qkv, self.lim.weight, self.lim.bias, self.heads, M)
-        return super().attend(qkv, mask)
+    def attend(self, qkv, H, W, shift=(0, 0)):
+        if qkv.device.type == "cpu" and "cpu" in KERNELS:          # all of it in one pass; nothing is padded, nothing masked
+            return torch.ops.scalablevit.iwsa(qkv, self.lim.weight, self.lim.bias, self.heads, self.side(H, W))
+        return super().attend(qkv, H, W, shift)
 
     def merge(self, z, v, qkv, M):
         if qkv.device.type in KERNELS:
@@ -399,7 +402,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(self.fc1.gelu(x))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class Block(nn.Module):

@@ -12,6 +12,12 @@ from ._C import devices  # the types of device that there are kernels for
 ops = torch.ops.scalablevit
 
 
+def check_devices(*tensors):
+    """One that is on the meta device by mistake would bring all of a call here."""
+    torch._check(len({t.device for t in tensors}) == 1, lambda: "tensors must be on one device, got "
+                 + ", ".join(str(t.device) for t in tensors))
+
+
 @register_fake("scalablevit::window_partition")
 def _(qkv, heads, M):
     B, H, W, C = qkv.shape
@@ -26,11 +32,13 @@ def _(grad, H, W, M):
 
 @register_fake("scalablevit::window_merge_lim")
 def _(z, qkv, weight, bias, M):
+    check_devices(z, qkv, weight, bias)
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 @register_fake("scalablevit::window_merge_lim_backward")
 def _(grad, qkv, weight, heads, M):
+    check_devices(grad, qkv, weight)
     B, H, W, C = grad.shape
     dz = grad.new_empty(B * -(-H // M) * -(-W // M), heads, M * M, C // heads)
     return dz, qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(C)
@@ -38,21 +46,25 @@ def _(grad, qkv, weight, heads, M):
 
 @register_fake("scalablevit::iwsa")
 def _(qkv, weight, bias, heads, M):
+    check_devices(qkv, weight, bias)
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 @register_fake("scalablevit::iwsa_backward")
 def _(grad, qkv, weight, heads, M):
+    check_devices(grad, qkv, weight)
     return qkv.new_empty(qkv.shape), torch.empty_like(weight), weight.new_empty(grad.shape[3])
 
 
 @register_fake("scalablevit::ssa")
 def _(q, k, v, heads, scale):
+    check_devices(q, k, v)
     return q.new_empty(*q.shape[:2], v.shape[2])
 
 
 @register_fake("scalablevit::ssa_backward")
 def _(grad, q, k, v, heads, scale):
+    check_devices(grad, q, k, v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

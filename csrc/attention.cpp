@@ -34,7 +34,7 @@ struct Matrix {
   std::vector<Line> lines;
 
   Matrix(int64_t rows, int64_t columns) : stride(padded(columns)), lines(padded(rows) * stride / LANES) {}
-  A* row(int64_t i) { return lines.data()->numbers + i * stride; }
+  A* row(int64_t i) { return reinterpret_cast<A*>(lines.data()) + i * stride; }
 };
 
 // ---------------------------------------------------------------- matrix product
@@ -146,13 +146,14 @@ INLINED inline Vec<double, L> exp(Vec<double, L> x) {
   return x;
 }
 
-// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by its Taylor series, 2^n by adding n to the exponent.  Numbers below 2^-126
-// are taken for that; NaN stays NaN.
+// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by its Taylor series, 2^n by adding n to the exponent.  What would be below
+// 2^-126 is 0; NaN stays NaN.
 template <int L>
 INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   constexpr float round = 0x1.8p23f;  // adding it leaves no room for a fraction
   x *= 0x1.715476p0f;                 // 1 / ln 2
-  x = x < -126.0f ? Vec<float, L>{} - 126.0f : x;
+  const auto tiny = x < -126.0f;
+  x = tiny ? Vec<float, L>{} : x;
   const Vec<float, L> n = (x + round) - round, f = x - n;
   Vec<float, L> power = f * 0x1.430912p-13f + 0x1.5d87fep-10f;  // (ln 2)^i / i!
   power = power * f + 0x1.3b2ab6p-7f;
@@ -164,7 +165,7 @@ INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   std::memcpy(&bits, &power, sizeof(bits));
   bits += (Vec<uint32_t, L>)__builtin_convertvector(n, Vec<int32_t, L>) << 23;
   std::memcpy(&power, &bits, sizeof(bits));
-  return power;
+  return tiny ? Vec<float, L>{} : power;
 }
 
 // f of all L numbers: of two halves, then of their halves.
@@ -197,20 +198,21 @@ INLINED inline A sum_of(Vec<A, LANES> v) {
 template <class A>
 VECTORISED void softmax(int64_t rows, int64_t n, A scale, A* s, int64_t s_row) {
   using V = Vec<A, LANES>;
-  A shift[QUERIES], weight[QUERIES];
+  A shift[QUERIES], weight[QUERIES];  // shift: the score that is largest once it is scaled
   for (int64_t i = 0; i < rows; ++i) {
     const A* row = s + i * s_row;
-    V largest = V{} + scale * row[0];
+    V largest = V{} + row[0];
     for (int64_t j = 0; j < n; j += LANES) {
-      const V x = scale * load_row(row, j, n, row[0]);
-      largest = x > largest ? x : largest;
+      const V x = load_row(row, j, n, row[0]);
+      largest = scale * x > scale * largest ? x : largest;
     }
-    shift[i] = reduce<LANES, A>(largest, [](auto a, auto b) INLINED { return a > b ? a : b; });
+    shift[i] = reduce<LANES, A>(largest, [scale](auto a, auto b) INLINED { return scale * a > scale * b ? a : b; });
   }
   for (int64_t i = 0; i < rows; ++i) {
     V sum = {};
     for (int64_t j = 0; j < n; j += LANES) {
-      V power = exp<LANES>(scale * load<LANES>(s + i * s_row + j) - shift[i]);
+      // Subtracted before it is scaled: the other way round, an fma would leave the rounding of a large product behind.
+      V power = exp<LANES>(scale * (load<LANES>(s + i * s_row + j) - shift[i]));
       if (n - j < LANES) power = load_row((const A*)&power, 0, n - j, A(0));
       store<LANES>(s + i * s_row + j, power);
       sum += power;
@@ -228,7 +230,7 @@ VECTORISED void softmax_backward(int64_t rows, int64_t n, const A* p, A* dp, int
     Vec<A, LANES> sum = {};
     for (int64_t j = 0; j < n; j += LANES) sum += load<LANES>(p + j) * load_row(dp, j, n, A(0));
     const A mean = sum_of<A>(sum);
-    for (int64_t j = 0; j < n; j += LANES) store<LANES>(dp + j, load<LANES>(p + j) * (load<LANES>(dp + j) - mean));
+    for (int64_t j = 0; j < n; j += LANES) store<LANES>(dp + j, load<LANES>(p + j) * (load_row(dp, j, n, A(0)) - mean));
   }
 }
 
@@ -240,19 +242,19 @@ template <class A>
 struct Head {
   int64_t d, d_v;
   A scale;
-  Matrix<A> q, k, v, k_t, s, z;
+  Matrix<A> q, key, v, key_t, s, z;
 
   Head(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
-      : d(d), d_v(d_v), scale(scale), q(m, d), k(n, d), v(n, d_v), k_t(d, n), s(std::min(QUERIES, m), n), z(m, d_v) {}
+      : d(d), d_v(d_v), scale(scale), q(m, d), key(n, d), v(n, d_v), key_t(d, n), s(std::min(QUERIES, m), n), z(m, d_v) {}
 
   // Softmax(scale Q Kᵀ) of m queries from i on.
   void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, d, eights(n), q.row(i), q.stride, 1, k_t.row(0), k_t.stride, s.row(0), s.stride, false);
+    product(m, d, eights(n), q.row(i), q.stride, 1, key_t.row(0), key_t.stride, s.row(0), s.stride, false);
     softmax(m, n, scale, s.row(0), s.stride);
   }
 
   void attend(int64_t m, int64_t n) {
-    transpose(n, d, k.row(0), k.stride, k_t.row(0), k_t.stride);
+    transpose(n, d, key.row(0), key.stride, key_t.row(0), key_t.stride);
     for (int64_t i = 0; i < m; i += QUERIES) {
       const int64_t block = std::min(QUERIES, m - i);
       scores(i, block, n);
@@ -265,7 +267,7 @@ struct Head {
 // pass needs nothing but the operator's input.
 template <class A>
 struct HeadBackward : Head<A> {
-  using Head<A>::d, Head<A>::d_v, Head<A>::q, Head<A>::k, Head<A>::v, Head<A>::k_t, Head<A>::s;
+  using Head<A>::d, Head<A>::d_v, Head<A>::q, Head<A>::key, Head<A>::v, Head<A>::key_t, Head<A>::s;
   Matrix<A> dz, v_t, ds, dq, dk, dv;
 
   HeadBackward(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
@@ -273,7 +275,7 @@ struct HeadBackward : Head<A> {
         dv(n, d_v) {}
 
   void attend_backward(int64_t m, int64_t n, bool add) {  // `add`: to dK and dV of the queries before
-    transpose(n, d, k.row(0), k.stride, k_t.row(0), k_t.stride);
+    transpose(n, d, key.row(0), key.stride, key_t.row(0), key_t.stride);
     transpose(n, d_v, v.row(0), v.stride, v_t.row(0), v_t.stride);
     for (int64_t i = 0; i < m; i += QUERIES, add = true) {
       const int64_t block = std::min(QUERIES, m - i), d8 = eights(d), v8 = eights(d_v);
@@ -282,15 +284,15 @@ struct HeadBackward : Head<A> {
       softmax_backward(block, n, s.row(0), ds.row(0), s.stride);                                    // dP -> dS
       product(n, block, v8, s.row(0), 1, s.stride, dz.row(i), dz.stride, dv.row(0), dv.stride, add);   // Pᵀ dZ
       product(n, block, d8, ds.row(0), 1, ds.stride, q.row(i), q.stride, dk.row(0), dk.stride, add);   // dSᵀ Q
-      product(block, n, d8, ds.row(0), ds.stride, 1, k.row(0), k.stride, dq.row(i), dq.stride, false);
+      product(block, n, d8, ds.row(0), ds.stride, 1, key.row(0), key.stride, dq.row(i), dq.stride, false);
     }
   }
 };
 
 #ifdef BFLOAT16_PAIRS
-// The same for bfloat16, in pairs.  `q`, `k`, `v`, `dz` hold the rows as they are in memory, two channels to a pair, and
+// The same for bfloat16, in pairs; other products, in another order of memory, and so not the template above.  `q`, `key`, `v`, `dz` hold the rows as they are in memory, two channels to a pair, and
 // `..._rows` pairs from two rows each.  P and dS are rounded to bfloat16, as the plain form rounds them.
-int64_t half(int64_t n) { return (n + 1) / 2; }
+int64_t pairs_in(int64_t n) { return (n + 1) / 2; }
 
 // Two rows of bfloat16 -> one row of pairs; a last odd row is paired with zeros.
 VECTORISED void interleave(int64_t rows, int64_t columns, const Pair* from, int64_t from_row, Pair* to, int64_t to_row) {
@@ -313,26 +315,26 @@ VECTORISED void narrow(int64_t rows, int64_t columns, const float* from, int64_t
 struct PairsHead {
   int64_t d, d_v;
   float scale;
-  Matrix<Pair> q, k, v, k_t, v_rows, p;
+  Matrix<Pair> q, key, v, key_t, v_rows, p;
   Matrix<float> s, z;
 
   PairsHead(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
-      : d(d), d_v(d_v), scale(scale), q(m, half(d)), k(n, half(d)), v(n, half(d_v)), k_t(half(d), n), v_rows(half(n), d_v),
-        p(std::min(QUERIES, m), half(n)), s(std::min(QUERIES, m), n), z(m, d_v) {}
+      : d(d), d_v(d_v), scale(scale), q(m, pairs_in(d)), key(n, pairs_in(d)), v(n, pairs_in(d_v)), key_t(pairs_in(d), n), v_rows(pairs_in(n), d_v),
+        p(std::min(QUERIES, m), pairs_in(n)), s(std::min(QUERIES, m), n), z(m, d_v) {}
 
   void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, half(d), eights(n), q.row(i), q.stride, 1, k_t.row(0), k_t.stride, s.row(0), s.stride, false);
+    product(m, pairs_in(d), eights(n), q.row(i), q.stride, 1, key_t.row(0), key_t.stride, s.row(0), s.stride, false);
     softmax(m, n, scale, s.row(0), s.stride);
     narrow(m, n, s.row(0), s.stride, p.row(0), p.stride);
   }
 
   void attend(int64_t m, int64_t n) {
-    transpose(n, half(d), k.row(0), k.stride, k_t.row(0), k_t.stride);
+    transpose(n, pairs_in(d), key.row(0), key.stride, key_t.row(0), key_t.stride);
     interleave(n, d_v, v.row(0), v.stride, v_rows.row(0), v_rows.stride);
     for (int64_t i = 0; i < m; i += QUERIES) {
       const int64_t block = std::min(QUERIES, m - i);
       scores(i, block, n);
-      product(block, half(n), eights(d_v), p.row(0), p.stride, 1, v_rows.row(0), v_rows.stride, z.row(i), z.stride, false);
+      product(block, pairs_in(n), eights(d_v), p.row(0), p.stride, 1, v_rows.row(0), v_rows.stride, z.row(i), z.stride, false);
     }
   }
 };
@@ -342,36 +344,36 @@ struct PairsHeadBackward : PairsHead {
   Matrix<float> ds, dq, dk, dv;
 
   PairsHeadBackward(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
-      : PairsHead(m, n, d, d_v, scale), dz(m, half(d_v)), v_t(half(d_v), n), q_rows(half(m), d), k_rows(half(n), d),
-        dz_rows(half(m), d_v), p_rows(half(std::min(QUERIES, m)), n), ds16(std::min(QUERIES, m), half(n)),
-        ds_rows(half(std::min(QUERIES, m)), n), ds(std::min(QUERIES, m), n), dq(m, d), dk(n, d), dv(n, d_v) {}
+      : PairsHead(m, n, d, d_v, scale), dz(m, pairs_in(d_v)), v_t(pairs_in(d_v), n), q_rows(pairs_in(m), d), k_rows(pairs_in(n), d),
+        dz_rows(pairs_in(m), d_v), p_rows(pairs_in(std::min(QUERIES, m)), n), ds16(std::min(QUERIES, m), pairs_in(n)),
+        ds_rows(pairs_in(std::min(QUERIES, m)), n), ds(std::min(QUERIES, m), n), dq(m, d), dk(n, d), dv(n, d_v) {}
 
   void attend_backward(int64_t m, int64_t n, bool add) {
-    transpose(n, half(d), k.row(0), k.stride, k_t.row(0), k_t.stride);
-    transpose(n, half(d_v), v.row(0), v.stride, v_t.row(0), v_t.stride);
+    transpose(n, pairs_in(d), key.row(0), key.stride, key_t.row(0), key_t.stride);
+    transpose(n, pairs_in(d_v), v.row(0), v.stride, v_t.row(0), v_t.stride);
     interleave(m, d, q.row(0), q.stride, q_rows.row(0), q_rows.stride);
-    interleave(n, d, k.row(0), k.stride, k_rows.row(0), k_rows.stride);
+    interleave(n, d, key.row(0), key.stride, k_rows.row(0), k_rows.stride);
     interleave(m, d_v, dz.row(0), dz.stride, dz_rows.row(0), dz_rows.stride);
     for (int64_t i = 0; i < m; i += QUERIES, add = true) {
-      const int64_t block = std::min(QUERIES, m - i), pairs = half(block), d8 = eights(d), v8 = eights(d_v);
+      const int64_t block = std::min(QUERIES, m - i), pairs = pairs_in(block), d8 = eights(d), v8 = eights(d_v);
       scores(i, block, n);
-      product(block, half(d_v), eights(n), dz.row(i), dz.stride, 1, v_t.row(0), v_t.stride, ds.row(0), ds.stride, false);
+      product(block, pairs_in(d_v), eights(n), dz.row(i), dz.stride, 1, v_t.row(0), v_t.stride, ds.row(0), ds.stride, false);
       softmax_backward(block, n, s.row(0), ds.row(0), s.stride);
       narrow(block, n, ds.row(0), ds.stride, ds16.row(0), ds16.stride);
       interleave(block, n, p.row(0), p.stride, p_rows.row(0), p_rows.stride);
       interleave(block, n, ds16.row(0), ds16.stride, ds_rows.row(0), ds_rows.stride);
       product(n, pairs, v8, p_rows.row(0), 1, p_rows.stride, dz_rows.row(i / 2), dz_rows.stride, dv.row(0), dv.stride, add);
       product(n, pairs, d8, ds_rows.row(0), 1, ds_rows.stride, q_rows.row(i / 2), q_rows.stride, dk.row(0), dk.stride, add);
-      product(block, half(n), d8, ds16.row(0), ds16.stride, 1, k_rows.row(0), k_rows.stride, dq.row(i), dq.stride, false);
+      product(block, pairs_in(n), d8, ds16.row(0), ds16.stride, 1, k_rows.row(0), k_rows.stride, dq.row(i), dq.stride, false);
     }
   }
 };
 #endif
 
-struct PairsHead;
+struct PairsHead;  // names only, where there are no pairs
 struct PairsHeadBackward;
 
-// Calls f with a T*, null, that says the type, and a null pointer that says which head computes it.
+// Calls f with two null pointers for their types: a T* for the numbers in memory, and one to the head that computes with them.
 template <template <class> class OfNumbers, class OfPairs, class F>
 void with_head(Type type, F f) {
   with_type(type, [&](auto* t) {
@@ -478,7 +480,7 @@ void iwsa_heads(const Windows& g, int64_t k, const T* qkv, const Sum<T>* taps, c
     const T* first = qkv + g.token(t.b, t.y, t.x) * 3 * C;
     if (i == begin || head == 0) touch(grid, first, 3 * C);
     gather(grid, first + head * d, 3 * C, d, h.q);
-    gather(grid, first + C + head * d, 3 * C, d, h.k);
+    gather(grid, first + C + head * d, 3 * C, d, h.key);
     gather(grid, first + 2 * C + head * d, 3 * C, d, h.v);
     h.attend(grid.tokens(), grid.tokens());
     add_lim(g, window, head, k, qkv + 2 * C, taps, bias, h.z.row(0), h.z.stride, out);
@@ -500,7 +502,7 @@ void iwsa_heads_backward(const Windows& g, int64_t k, const T* grad, const T* qk
       touch(grid, grad + token * C, C);
     }
     gather(grid, qkv + first, 3 * C, d, h.q);
-    gather(grid, qkv + first + C, 3 * C, d, h.k);
+    gather(grid, qkv + first + C, 3 * C, d, h.key);
     gather(grid, qkv + first + 2 * C, 3 * C, d, h.v);
     gather(grid, grad + token * C + head * d, C, d, h.dz);
     h.attend_backward(grid.tokens(), grid.tokens(), false);
@@ -525,14 +527,15 @@ void ssa_chunks(const Sizes& n, double scale, const T* q, const T* k, const T* v
     const Grid queries = {1, std::min(CHUNK, n.N - first), 0};
     const int64_t token = b * n.N + first, key = b * n.N_rn;
     gather(queries, q + (token * n.heads + head) * d, n.heads * d, d, h.q);
-    gather(keys, k + (key * n.heads + head) * d, n.heads * d, d, h.k);
+    gather(keys, k + (key * n.heads + head) * d, n.heads * d, d, h.key);
     gather(keys, v + (key * n.heads + head) * d_v, n.heads * d_v, d_v, h.v);
     h.attend(queries.columns, n.N_rn);
     scatter(queries, h.z, Sum<T>(1), d_v, out + (token * n.heads + head) * d_v, n.heads * d_v);
   }
 }
 
-// Heads begin .. end, of (image, head): all queries, so that dK and dV are summed in one place and in order.
+// Heads begin .. end, of (image, head): all queries, so that dK and dV are summed in one place and in order.  (More
+// threads than images x heads have nothing to do.)
 template <class H, class T>
 void ssa_heads_backward(const Sizes& n, double scale, const T* grad, const T* q, const T* k, const T* v, T* dq, T* dk,
                         T* dv, int64_t begin, int64_t end) {
@@ -542,7 +545,7 @@ void ssa_heads_backward(const Sizes& n, double scale, const T* grad, const T* q,
   for (int64_t i = begin; i < end; ++i) {
     const int64_t head = i % n.heads, b = i / n.heads, key = b * n.N_rn * row + head * d;
     const int64_t value = b * n.N_rn * row_v + head * d_v;
-    gather(keys, k + key, row, d, h.k);
+    gather(keys, k + key, row, d, h.key);
     gather(keys, v + value, row_v, d_v, h.v);
     for (int64_t first = 0; first < n.N; first += CHUNK) {
       const Grid queries = {1, std::min(CHUNK, n.N - first), 0};

@@ -1,4 +1,4 @@
-// The kernels on the CPU: strips (windows.h) in parallel, vectorised over channels.
+// Partition and merge on the CPU: strips (windows.h) in parallel, vectorised over channels.
 #include <ATen/Parallel.h>
 
 #include <algorithm>

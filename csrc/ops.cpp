@@ -418,9 +418,14 @@ struct SSABackward : torch::autograd::Function<SSABackward> {
   }
 };
 
-// What the dispatcher calls where gradients may be wanted.  In inference the bookkeeping would cost as much as the call.
+// What the dispatcher calls where gradients may be wanted.  In inference the bookkeeping would cost as much as the call;
+// it stays where a tensor has a forward-mode gradient, to say that there is no such thing here.
+template <class... Tensors>
+bool inference(const Tensors&... tensors) {
+  return !at::GradMode::is_enabled() && !(tensors._fw_grad(0).defined() || ...);
+}
 Tensor partition_autograd(const Tensor& qkv, int64_t heads, c10::SymInt window) {
-  if (at::GradMode::is_enabled()) return Partition::apply(qkv, heads, window);
+  if (!inference(qkv)) return Partition::apply(qkv, heads, window);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_partition(qkv, heads, window);
 }
@@ -429,7 +434,7 @@ Tensor partition_backward_autograd(const Tensor& grad, c10::SymInt H, c10::SymIn
 }
 Tensor merge_lim_autograd(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias,
                           c10::SymInt window) {
-  if (at::GradMode::is_enabled()) return MergeLIM::apply(z, qkv, weight, bias, window);
+  if (!inference(z, qkv, weight, bias)) return MergeLIM::apply(z, qkv, weight, bias, window);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_merge_lim(z, qkv, weight, bias, window);
 }
@@ -441,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_lim_backward_autograd(const Ten
 }
 
 Tensor iwsa_autograd(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, c10::SymInt window) {
-  if (at::GradMode::is_enabled()) return IWSA::apply(qkv, weight, bias, heads, window);
+  if (!inference(qkv, weight, bias)) return IWSA::apply(qkv, weight, bias, heads, window);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_iwsa(qkv, weight, bias, heads, window);
 }
@@ -452,7 +457,7 @@ std::tuple<Tensor, Tensor, Tensor> iwsa_backward_autograd(const Tensor& grad, co
 }
 
 Tensor ssa_autograd(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
-  if (at::GradMode::is_enabled()) return SSA::apply(q, k, v, heads, scale);
+  if (!inference(q, k, v)) return SSA::apply(q, k, v, heads, scale);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_ssa(q, k, v, heads, scale);
 }

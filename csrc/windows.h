@@ -1,7 +1,7 @@
 // The index arithmetic of the operators, written once for the CPU and the GPU.
 //
 // A map (B, H, W, channels) is cut into h x w windows of M x M tokens; at the right and the bottom border windows
-// reach beyond the map.  The kernels work in strips: a strip is the M tokens that one window has in one row.  They lie
+// reach beyond the map.  Most kernels work in strips: a strip is the M tokens that one window has in one row.  They lie
 // side by side in the map and in the window, so that a kernel divides once per strip and only adds within it.
 //
 // Whatever counts elements of a tensor is 64-bit: a tensor may have more than 2^31 of them.

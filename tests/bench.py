@@ -75,9 +75,9 @@ def stage_calls(size, C, heads, args, dtype):
     q, k, v = (tensor(args.batch, n, c) for n, c in ((size ** 2, int(C * rc)), (49, int(C * rc)), (49, C)))
     yield "partition", lambda: scalablevit.window_partition(qkv, heads, M), [qkv], 3, 3
     yield "merge + LIM", lambda: iwsa.merge(z, None, qkv, M), [z, qkv, *lim], 1.5, 3
-    yield "IWSA, both", lambda: scalablevit.WSA.attend(iwsa, qkv, None), [qkv, *lim], 2, 3.5
+    yield "IWSA, both", lambda: scalablevit.WSA.attend(iwsa, qkv, size, size), [qkv, *lim], 2, 3.5
     if args.device == "cpu":
-        yield "IWSA, 1 pass", lambda: iwsa.attend(qkv, None), [qkv, *lim], 2, 3.5
+        yield "IWSA, 1 pass", lambda: iwsa.attend(qkv, size, size), [qkv, *lim], 2, 3.5
         yield "SSA", lambda: ssa.attend(q, k, v), [q, k, v], (1 + rc) / 2, (1 + 2 * rc) / 2
 
 
@@ -97,7 +97,7 @@ def kernels(args):
                 def both():
                     return torch.autograd.grad(function(), inputs, grad)
 
-                graphs = {kernels: switched(kernels, function)() for kernels in ((), KERNELS)}
+                graphs = {devices: switched(devices, function)() for devices in ((), KERNELS)}
 
                 def backward():
                     return torch.autograd.grad(graphs[scalablevit.KERNELS], inputs, grad, retain_graph=True)

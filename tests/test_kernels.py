@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import scalablevit
@@ -168,7 +169,7 @@ def ssa_cases(draw):
     B, N, keys = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 5, 57, 448, 460])), draw(st.sampled_from([1, 7, 16, 49, 90]))
     heads, d, d_v = draw(st.integers(1, 3)), *(draw(st.sampled_from([1, 3, 8, 16, 20, 40])) for _ in "kv")
     dtype = draw(st.sampled_from(DTYPES))
-    tensor, scale = tensors(draw, dtype), draw(st.sampled_from([0.0, 0.2, -1.0, 30.0]))
+    tensor, scale = tensors(draw, dtype), draw(st.sampled_from([0.0, 0.2, -1.0, 3.0]))
     return dict(q=tensor(B, N, heads * d), k=tensor(B, keys, heads * d), v=tensor(B, keys, heads * d_v),
                 grad=tensor(B, N, heads * d_v), heads=heads, scale=scale)
 
@@ -192,10 +193,47 @@ def test_ssa_against_its_definition_in_float64(case):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_one_pass_a_nan_stays_in_its_window(dtype):
-    qkv, weight, bias = torch.randn(1, 6, 6, 24).to(dtype), torch.zeros(8, 1, 3, 3).to(dtype), torch.zeros(8).to(dtype)
-    qkv[0, 1, 2, 0] = math.nan                                     # a query of the first window and head
-    out = ops.iwsa(qkv, weight, bias, 2, 3)
-    assert out[0, 1, 2, :4].isnan().all() and out.isnan().sum() == 4
+    """Forward and backward, windows of 4 x 4 on a map of 5 x 7: their buffers are used again, by ones with fewer tokens."""
+    for channel, windows_of_nan in ((0, 1), (9, 1)):               # a query; a value, which more than one token meets
+        qkv, weight, bias = torch.randn(1, 5, 7, 12).to(dtype), torch.zeros(4, 1, 1, 1).to(dtype), torch.zeros(4).to(dtype)
+        qkv[0, 1, 2, channel] = math.nan
+        dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 5, 7, 4).to(dtype), qkv, weight, 2, 4)
+        for result in ops.iwsa(qkv, weight, bias, 2, 4), dqkv:
+            clean = result.isnan().any(-1)[0]
+            assert clean[1, 2] and clean[:4, :4].sum() == clean.sum()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, -1.0])
+def test_scores_that_are_huge_select_one_key(dtype, scale):
+    """Softmax of numbers far apart is one-hot, however large they are; in float32 and float64 up to 1e30."""
+    size = {torch.float16: 30, torch.bfloat16: 1e4}.get(dtype, 1e15)
+    for seed in range(30):
+        torch.manual_seed(seed)
+        q, k = torch.full((1, 3, 8), size, dtype=dtype), torch.randn(1, 17, 8).to(dtype) * size / abs(scale)
+        scores = (q.double() @ k.double().transpose(1, 2) * scale)[0, 0]
+        if scores.topk(2).values.diff().abs() < 0.05 * scores.abs().max():
+            continue                                               # two that are close; their rounding would decide
+        out = ops.ssa(q, k, torch.eye(17).to(dtype)[None], 1, scale)
+        assert torch.equal(out[0], F.one_hot(scores.argmax(), 17).to(dtype).expand(3, -1))
+
+
+@needs_kernels
+def test_one_pass_needs_no_mask(monkeypatch):
+    monkeypatch.setattr(scalablevit, "window_mask", None)          # (M², M²) per window: gigabytes for a large one
+    assert IWSA(8, 1, window=90)(torch.randn(1, 100, 40, 8)).shape == (1, 100, 40, 8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_an_error_and_not_a_lost_tangent(grad):
+    q, k, qkv = torch.randn(1, 5, 4), torch.randn(1, 3, 4), torch.randn(1, 4, 4, 12)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        for op, x, args in ((ops.ssa, q, (k, k, 2, 0.5)), (ops.window_partition, qkv, (2, 2)),
+                            (ops.iwsa, qkv, (torch.zeros(4, 1, 3, 3), torch.zeros(4), 2, 2))):
+            with pytest.raises(RuntimeError, match="forward mode|jvp"):
+                op(forward_ad.make_dual(x, torch.ones_like(x)), *args)
 
 
 @on_devices
@@ -408,6 +446,8 @@ def bad_inputs_of_one_pass():
         ("heads", "ssa", q, k, v[..., :0], 2, 1.0),
         ("dtype", "ssa", q, k.double(), v, 2, 1.0),
         ("float32", "ssa", q.int(), k.int(), v.int(), 2, 1.0),
+        ("one device", "ssa", q, k, v.to("meta"), 2, 1.0),
+        ("one device", "iwsa", qkv, weight, bias.to("meta"), 2, 3),
         ("grad", "ssa_backward", q, q, k, v, 2, 1.0),
         ("dtype", "ssa_backward", torch.randn(2, 9, 12).half(), q, k, v, 2, 1.0),
     ]

@@ -9,8 +9,10 @@ from hypothesis import given, settings, strategies as st
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from torch.utils.flop_counter import FlopCounterMode
+
 from helpers import architectures
-from scalablevit import Block, ScalableViT
+from scalablevit import Block, Linear, ScalableViT, linear_gelu
 
 ALL_KINDS = [("iwsa", "ssa"), ("wsa", "swsa"), ("lem", "ssa")]
 
@@ -34,7 +36,42 @@ def loss_and_gradients(model, x, call=None):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+# ------------------------------------------------------------------------------------------------ inference mode
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 12), (0, 5, 6, 12), (7, 12)])
+def test_gelu_on_the_fly_is_gelu(dtype, bound, shape):
+    linear, x = Linear(12, 24).to(dtype), torch.randn(shape).to(dtype)
+    expected = F.gelu(F.linear(x.double(), linear.weight.double(), linear.bias.double()))
+    with torch.inference_mode():
+        got = linear_gelu(linear, x)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=bound, atol=bound)
+        with pytest.raises(RuntimeError, match="channels|mat|shape"):
+            linear_gelu(linear, torch.randn(2, 5, 6, 13).to(dtype))
+
+
+def test_in_inference_mode_too_hooks_run_and_operations_are_counted():
+    model, x, seen = small().eval(), images(), []
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        expected = model(x)
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as in_inference:
+            torch.testing.assert_close(model(x), expected)
+        assert in_inference.get_total_flops() == counter.get_total_flops()
+        model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[2].shape))
+        model(x)
+    assert seen == [(2, 9, 8, 32)]
+
+
 # ------------------------------------------------------------------------------------------------ compile and export
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_trace(mode):
+    model, x = small().eval(), images()
+    with mode():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 @pytest.mark.parametrize("pattern", ALL_KINDS)
 def test_compile_in_one_graph(pattern):
     """fullgraph=True refuses a graph break; the loss and all gradients stay."""
