@@ -193,20 +193,20 @@ INLINED inline A sum_of(Vec<A, LANES> v) {
   return reduce<LANES, A>(v, [](auto a, auto b) INLINED { return a + b; });
 }
 
-// Softmax(scale s) of each row's n numbers, in place.  Step by step over all rows: a row's steps wait for each other, rows
+// Softmax(scale s) of each row's n numbers, in place; scale >= 0.  Step by step over all rows: a row's steps wait for each other, rows
 // do not.
 template <class A>
 VECTORISED void softmax(int64_t rows, int64_t n, A scale, A* s, int64_t s_row) {
   using V = Vec<A, LANES>;
-  A shift[QUERIES], weight[QUERIES];  // shift: the score that is largest once it is scaled
+  A shift[QUERIES], weight[QUERIES];  // shift: the largest score
   for (int64_t i = 0; i < rows; ++i) {
     const A* row = s + i * s_row;
     V largest = V{} + row[0];
     for (int64_t j = 0; j < n; j += LANES) {
       const V x = load_row(row, j, n, row[0]);
-      largest = scale * x > scale * largest ? x : largest;
+      largest = x > largest ? x : largest;
     }
-    shift[i] = reduce<LANES, A>(largest, [scale](auto a, auto b) INLINED { return scale * a > scale * b ? a : b; });
+    shift[i] = reduce<LANES, A>(largest, [](auto a, auto b) INLINED { return a > b ? a : b; });
   }
   for (int64_t i = 0; i < rows; ++i) {
     V sum = {};

@@ -200,12 +200,13 @@ std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tenso
   return {dqkv, like(weight, dweight), dbias.to(weight.scalar_type())};
 }
 
-Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads) {
+Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k and v must have shapes (B, N, C'), (B, N_rn, C') and ",
               "(B, N_rn, C), got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(1) == v.size(1) && k.size(2) == q.size(2),
               "q, k and v must have shapes (B, N, C'), (B, N_rn, C') and (B, N_rn, C) that fit, got ", q.sizes(), ", ",
               k.sizes(), " and ", v.sizes());
+  TORCH_CHECK(scale >= 0, "scale must be 0 or more, got ", scale);
   TORCH_CHECK(k.size(1) >= 1, "there must be at least one key, got k ", k.sizes());
   TORCH_CHECK(heads >= 1 && q.size(2) > 0 && v.size(2) > 0 && q.size(2) % heads == 0 && v.size(2) % heads == 0,
               "heads must divide the channels of q and of v, got ", q.size(2), " and ", v.size(2), " channels and heads=",
@@ -217,7 +218,7 @@ Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads)
 
 // q (B, N, C'), k (B, N_rn, C'), v (B, N_rn, C) -> (B, N, C)
 Tensor ssa(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, double scale) {
-  const Sizes n = sizes_of(q, k, v, heads);
+  const Sizes n = sizes_of(q, k, v, heads, scale);
   const Type type = type_of(q);
   const Tensor q_ = q.contiguous(), k_ = k.contiguous(), v_ = v.contiguous();
   const Tensor out = at::empty({n.B, n.N, v.size(2)}, q_.options());
@@ -228,7 +229,7 @@ Tensor ssa(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, dou
 // The gradient of the output (B, N, C) -> those of q, k and v
 std::tuple<Tensor, Tensor, Tensor> ssa_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                                 int64_t heads, double scale) {
-  const Sizes n = sizes_of(q, k, v, heads);
+  const Sizes n = sizes_of(q, k, v, heads, scale);
   const Type type = type_of(q);
   TORCH_CHECK(grad.sizes() == at::IntArrayRef({n.B, n.N, v.size(2)}), "grad must have shape (", n.B, ", ", n.N, ", ",
               v.size(2), ") to fit q and v, got ", grad.sizes());
