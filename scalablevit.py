@@ -82,10 +82,10 @@ def linear_gelu(linear, x):
     """GELU(linear(x)); in inference mode on a CPU oneDNN applies the GELU on the fly, as it does in compiled models."""
     eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
     eager = eager and torch.is_inference_mode_enabled()
-    if type(linear) is Linear and linear.onednn and eager and not (linear._forward_hooks or linear._forward_pre_hooks):
-        w = linear.weight
-        fits = x.device == w.device and x.dtype == w.dtype and x.shape[-1] == w.shape[1]
-        if fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    plain = type(linear) is Linear and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    if eager and plain and linear.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        w, tensors = linear.weight, [x, *linear.parameters(recurse=False)]
+        if len({(t.device, t.dtype) for t in tensors}) == 1 and x.shape[-1] == w.shape[1]:    # else PyTorch says what is wrong
             return torch.ops.mkldnn._linear_pointwise(x, w, linear.bias, "gelu", [], "none")
     return F.gelu(linear(x))
 
@@ -101,8 +101,8 @@ def load_kernels():
     """The types of device that the C++/CUDA extension (csrc/) has kernels for; () if it is not installed.
 
     On a CPU it makes all that `IWSA` does between its two linears one pass over memory, and SSA's attention another; on a
-    GPU `window_partition` and the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels compute, and runs wherever
-    there are none.  SCALABLEVIT_KERNELS=0 turns them off.
+    GPU `window_partition` and the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels
+    compute, and runs wherever there are none.  SCALABLEVIT_KERNELS=0 turns them off.
     """
     if os.environ.get("SCALABLEVIT_KERNELS") == "0":
         return ()

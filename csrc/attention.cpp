@@ -25,7 +25,7 @@
 namespace {
 
 constexpr int64_t LANES = 16;
-// The queries are taken in blocks, so that the scores of a large window need not be stored whole.
+// The queries are taken in blocks, so that the scores of a large window need not be stored whole.  Even: `PairsHead`.
 constexpr int64_t QUERIES = 56;
 int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 

@@ -192,15 +192,26 @@ def test_ssa_against_its_definition_in_float64(case):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_one_pass_a_nan_stays_in_its_window(dtype):
-    """Forward and backward, windows of 4 x 4 on a map of 5 x 7: their buffers are used again, by ones with fewer tokens."""
-    for channel, windows_of_nan in ((0, 1), (9, 1)):               # a query; a value, which more than one token meets
-        qkv, weight, bias = torch.randn(1, 5, 7, 12).to(dtype), torch.zeros(4, 1, 1, 1).to(dtype), torch.zeros(4).to(dtype)
-        qkv[0, 1, 2, channel] = math.nan
-        dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 5, 7, 4).to(dtype), qkv, weight, 2, 4)
-        for result in ops.iwsa(qkv, weight, bias, 2, 4), dqkv:
-            clean = result.isnan().any(-1)[0]
-            assert clean[1, 2] and clean[:4, :4].sum() == clean.sum()
+@pytest.mark.parametrize("channel", [1, 9])
+def test_in_one_pass_a_nan_stays_in_its_window(dtype, channel):
+    """In a query or a value, forward and backward.  The buffers of a window of 3 x 3 are used again by one of 3 tokens."""
+    qkv, weight, bias = torch.randn(1, 3, 4, 12).to(dtype), torch.zeros(4, 1, 1, 1).to(dtype), torch.zeros(4).to(dtype)
+    qkv[0, 1, 0, channel] = math.nan
+    dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 3, 4, 4).to(dtype), qkv, weight, 1, 3)
+    for result in ops.iwsa(qkv, weight, bias, 1, 3), dqkv:
+        nan = result.isnan().any(-1)[0]
+        assert nan[1, 0] and not nan[:, 3].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_differ_in_the_last_bit(dtype):
+    """Their products with the scale may be equal, and still the larger one has to be subtracted from both."""
+    for x in torch.logspace(8, 14, 50, dtype=dtype):
+        keys = torch.stack([x, torch.nextafter(x, torch.tensor(math.inf, dtype=dtype))])[None, :, None]
+        for d in range(20, 40):
+            out = ops.ssa(torch.ones(1, 1, 1, dtype=dtype), keys, torch.eye(2, dtype=dtype)[None], 1, d ** -0.5)[0, 0]
+            assert 0 <= out[0] <= out[1] and abs(out.sum() - 1) < 1e-5
 
 
 @needs_kernels
