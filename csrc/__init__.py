@@ -102,13 +102,16 @@ def _(grad, qkv, weight, heads, M, out_shape, **_):
     return 4 * product_flop(*grad, heads, M) + lim_backward_flop(*grad, weight)
 
 
+def ssa_flop(q, k, v):                                         # of both products
+    B, N, C = q
+    return bmm_flop((B, N, C), (B, C, k[1])) + bmm_flop((B, N, v[1]), (B, v[1], v[2]))
+
+
 @register_flop_formula(ops.ssa)
 def _(q, k, v, heads, scale, out_shape, **_):
-    B, N, _ = q
-    return bmm_flop((B, N, k[2]), (B, k[2], k[1])) + bmm_flop((B, N, v[1]), (B, v[1], v[2]))
+    return ssa_flop(q, k, v)
 
 
 @register_flop_formula(ops.ssa_backward)
 def _(grad, q, k, v, heads, scale, out_shape, **_):
-    B, N, _ = q
-    return 2 * (bmm_flop((B, N, k[2]), (B, k[2], k[1])) + bmm_flop((B, N, v[1]), (B, v[1], v[2])))
+    return 2 * ssa_flop(q, k, v)

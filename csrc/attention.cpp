@@ -198,8 +198,8 @@ INLINED inline A sum_of(Vec<A, LANES> v) {
   return reduce<LANES, A>(v, [](auto a, auto b) INLINED { return a + b; });
 }
 
-// Softmax(scale s) of each row's n numbers, in place; scale >= 0.  Step by step over all rows: a row's steps wait for each other, rows
-// do not.
+// Softmax(scale s) of each row's n numbers, in place; scale >= 0.  Step by step over all rows: a row's steps wait for each
+// other, rows do not.
 template <class A>
 VECTORISED void softmax(int64_t rows, int64_t n, A scale, A* s, int64_t s_row) {
   using V = Vec<A, LANES>;
@@ -295,8 +295,9 @@ struct HeadBackward : Head<A> {
 };
 
 #ifdef BFLOAT16_PAIRS
-// The same for bfloat16, in pairs; other products, in another order of memory, and so not the template above.  `q`, `key`, `v`, `dz` hold the rows as they are in memory, two channels to a pair, and
-// `..._rows` pairs from two rows each.  P and dS are rounded to bfloat16, as the plain form rounds them.
+// The same for bfloat16, in pairs.  Other products, in another order of memory: not the template above.  `q`, `key`, `v` and
+// `dz` hold the rows as they are in memory, two channels to a pair, and `..._rows` pairs from two rows each.  P and dS are
+// rounded to bfloat16, as the plain form rounds them.
 int64_t pairs_in(int64_t n) { return (n + 1) / 2; }
 
 // Two rows of bfloat16 -> one row of pairs; a last odd row is paired with zeros.
@@ -324,8 +325,9 @@ struct PairsHead {
   Matrix<float> s, z;
 
   PairsHead(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
-      : d(d), d_v(d_v), scale(scale), q(m, pairs_in(d)), key(n, pairs_in(d)), v(n, pairs_in(d_v)), key_t(pairs_in(d), n), v_rows(pairs_in(n), d_v),
-        p(std::min(QUERIES, m), pairs_in(n)), s(std::min(QUERIES, m), n), z(m, d_v) {}
+      : d(d), d_v(d_v), scale(scale), q(m, pairs_in(d)), key(n, pairs_in(d)), v(n, pairs_in(d_v)),
+        key_t(pairs_in(d), n), v_rows(pairs_in(n), d_v), p(std::min(QUERIES, m), pairs_in(n)),
+        s(std::min(QUERIES, m), n), z(m, d_v) {}
 
   void scores(int64_t i, int64_t m, int64_t n) {
     product(m, pairs_in(d), eights(n), q.row(i), q.stride, 1, key_t.row(0), key_t.stride, s.row(0), s.stride, false);
@@ -349,8 +351,8 @@ struct PairsHeadBackward : PairsHead {
   Matrix<float> ds, dq, dk, dv;
 
   PairsHeadBackward(int64_t m, int64_t n, int64_t d, int64_t d_v, double scale)
-      : PairsHead(m, n, d, d_v, scale), dz(m, pairs_in(d_v)), v_t(pairs_in(d_v), n), q_rows(pairs_in(m), d), k_rows(pairs_in(n), d),
-        dz_rows(pairs_in(m), d_v), p_rows(pairs_in(std::min(QUERIES, m)), n), ds16(std::min(QUERIES, m), pairs_in(n)),
+      : PairsHead(m, n, d, d_v, scale), dz(m, pairs_in(d_v)), v_t(pairs_in(d_v), n), q_rows(pairs_in(m), d),
+        k_rows(pairs_in(n), d), dz_rows(pairs_in(m), d_v), p_rows(pairs_in(std::min(QUERIES, m)), n), ds16(std::min(QUERIES, m), pairs_in(n)),
         ds_rows(pairs_in(std::min(QUERIES, m)), n), ds(std::min(QUERIES, m), n), dq(m, d), dk(n, d), dv(n, d_v) {}
 
   void attend_backward(int64_t m, int64_t n, bool add) {
@@ -442,6 +444,14 @@ void touch(const Grid& grid, const T* map, int64_t channels) {
 // The real tokens of a window.
 Grid grid_of(const Windows& g, const Strip& first) { return {std::min(g.M, g.H - first.y), first.tokens, g.W}; }
 
+// One head's Q, K and V, from a window's first token in (B, H, W, 3C) on.
+template <class H, class T>
+void gather_qkv(const Grid& grid, const T* token, int64_t C, int64_t head, H& h) {
+  gather(grid, token + head * h.d, 3 * C, h.d, h.q);
+  gather(grid, token + C + head * h.d, 3 * C, h.d, h.key);
+  gather(grid, token + 2 * C + head * h.d, 3 * C, h.d, h.v);
+}
+
 int64_t most_tokens(const Windows& g) { return std::min(g.M, g.H) * std::min(g.M, g.W); }
 
 // out = Z + F(V), equation (5), in a window's tokens.
@@ -476,17 +486,15 @@ VECTORISED void add_lim_backward(const Windows& g, int64_t window, int64_t head,
 template <class H, class T>
 void iwsa_heads(const Windows& g, int64_t k, const T* qkv, const Sum<T>* taps, const Sum<T>* bias, T* out,
                 int64_t begin, int64_t end) {
-  const int64_t C = g.channels(), d = g.d, most = most_tokens(g);
-  H h(most, most, d, d, 1 / std::sqrt(d));
+  const int64_t C = g.channels(), most = most_tokens(g);
+  H h(most, most, g.d, g.d, 1 / std::sqrt(g.d));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t window = i / g.heads, head = i % g.heads;
     const Strip t = g.strip(g.first_strip(window));
     const Grid grid = grid_of(g, t);
-    const T* first = qkv + g.token(t.b, t.y, t.x) * 3 * C;
-    if (i == begin || head == 0) touch(grid, first, 3 * C);
-    gather(grid, first + head * d, 3 * C, d, h.q);
-    gather(grid, first + C + head * d, 3 * C, d, h.key);
-    gather(grid, first + 2 * C + head * d, 3 * C, d, h.v);
+    const T* token = qkv + g.token(t.b, t.y, t.x) * 3 * C;
+    if (i == begin || head == 0) touch(grid, token, 3 * C);
+    gather_qkv(grid, token, C, head, h);
     h.attend(grid.tokens(), grid.tokens());
     add_lim(g, window, head, k, qkv + 2 * C, taps, bias, h.z.row(0), h.z.stride, out);
   }
@@ -506,9 +514,7 @@ void iwsa_heads_backward(const Windows& g, int64_t k, const T* grad, const T* qk
       touch(grid, qkv + token * 3 * C, 3 * C);
       touch(grid, grad + token * C, C);
     }
-    gather(grid, qkv + first, 3 * C, d, h.q);
-    gather(grid, qkv + first + C, 3 * C, d, h.key);
-    gather(grid, qkv + first + 2 * C, 3 * C, d, h.v);
+    gather_qkv(grid, qkv + token * 3 * C, C, head, h);
     gather(grid, grad + token * C + head * d, C, d, h.dz);
     h.attend_backward(grid.tokens(), grid.tokens(), false);
     add_lim_backward(g, window, head, k, grad, qkv + 2 * C, taps, sums, h.dv.row(0), h.dv.stride);

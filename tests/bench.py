@@ -134,31 +134,32 @@ def build(name):
     return timm.create_model(name, **({"dynamic_img_size": True} if name.startswith("swin") else {}))
 
 
-def inference(model, images, dtype, autocast):
+def inference(model, images, dtype):
     model, x = model.to(images.device, dtype).eval(), images.to(dtype, memory_format=torch.channels_last)
 
     def call():
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        with torch.inference_mode():
             model(x)
     return call
 
 
-def features(model, images, dtype, autocast):
-    model = model.to(images.device, dtype).eval()
+def features(model, images, dtype):
+    model, x = model.to(images.device, dtype).eval(), images.to(dtype)
 
     def call():
         with torch.inference_mode():
-            model.forward_features(images.to(dtype))
+            model.forward_features(x)
     return call
 
 
-def training(model, images, dtype, autocast):
-    model, images = model.to(images.device, dtype).train(), images.to(memory_format=torch.channels_last)
+def training(model, images, dtype):
+    """Weights in float32 always; bfloat16 is autocast's."""
+    model, images = model.to(images.device).train(), images.to(memory_format=torch.channels_last)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
 
     def call():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -166,13 +167,13 @@ def training(model, images, dtype, autocast):
     return call
 
 
-def peak(args, name, make, shape, *how):
+def peak(args, name, make, shape, dtype):
     """MB that a process of its own grows by, until the peak of two calls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_here, (args, name, make, shape, *how))
+        return pool.apply(peak_here, (args, name, make, shape, dtype))
 
 
-def peak_here(args, name, make, shape, *how):
+def peak_here(args, name, make, shape, dtype):
     def resident(which):
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith(which))
@@ -183,7 +184,7 @@ def peak_here(args, name, make, shape, *how):
     if args.device == "cpu" and sys.platform != "linux":
         return math.nan
     before = resident("VmRSS") if args.device == "cpu" else 0
-    call = make(build(name), images, *how)
+    call = make(build(name), images, dtype)
     call(), call()
     return resident("VmHWM") - before if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2 ** 20
 
@@ -194,19 +195,19 @@ def models(args):
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
     print(f"{f'batch {args.batch}, 224x224':34}{'S':>9}{'plain':>9}{''.join(f'{name:>9}' for name in others)}"
           f"{'S / plain':>11}{''.join(f'  S / {name}' for name in others)}    peak MB: S{''.join(f', {name}' for name in others)}")
-    for what, make, dtype, autocast in (("inference, float32", inference, torch.float32, False),
-                                        ("inference, bfloat16", inference, torch.bfloat16, False),
-                                        ("training step, float32", training, torch.float32, False),
-                                        ("training step, bfloat16 autocast", training, torch.float32, True)):
+    for what, make, dtype in (("inference, float32", inference, torch.float32),
+                              ("inference, bfloat16", inference, torch.bfloat16),
+                              ("training step, float32", training, torch.float32),
+                              ("training step, bfloat16 autocast", training, torch.bfloat16)):
         def side(name):
             model = build(name)
-            return make(torch.compile(model) if args.compile else model, images, dtype, autocast)
+            return make(torch.compile(model) if args.compile else model, images, dtype)
 
         own = side("S")
         sides = [switched(KERNELS, own)] + [switched((), own)] * (not args.compile) + [side(name) for name in others.values()]
         s, *rest = medians(sides, args.device, 4 * args.seconds)
         plain, *rest = [math.nan, *rest] if args.compile else rest
-        memory = [math.nan if args.compile else peak(args, name, make, images.shape, dtype, autocast)
+        memory = [math.nan if args.compile else peak(args, name, make, images.shape, dtype)
                   for name in ("S", *others.values())]
         print(f"{what:34}{s:9.0f}{plain:9.0f}{''.join(f'{t:9.0f}' for t in rest)}{plain / s:11.2f}"
               f"{''.join(f'{t / s:{len(name) + 6}.2f}' for t, name in zip(rest, others))}"
@@ -215,14 +216,14 @@ def models(args):
 
 def large(args):
     """Rows: sizes; columns: milliseconds and peak memory of one image's features, and how time grows with the area."""
-    others = {"Swin-T": name for name in peers("cpu").values()}
+    others = peers("cpu")
     print(f"{'features of one image, float32':34}{'S':>9}{'Swin-T':>9}{'S / Swin-T':>12}{'ms per 224² of area':>21}"
           f"    peak MB: S{', Swin-T' if others else ''}")
     for shape in (1, 3, 224, 224), (1, 3, 448, 448), (1, 3, 512, 2048), (1, 3, 800, 1280), (1, 3, 1344, 1344):
         images = torch.randn(*shape, device=args.device)
-        sides = [features(build(name), images, torch.float32, False) for name in ("S", *others.values())]
+        sides = [features(build(name), images, torch.float32) for name in ("S", *others.values())]
         s, *swin = medians(sides, args.device, 4 * args.seconds)
-        memory = [peak(args, name, features, shape, torch.float32, False) for name in ("S", *others.values())]
+        memory = [peak(args, name, features, shape, torch.float32) for name in ("S", *others.values())]
         print(f"{f'{shape[2]}x{shape[3]}':34}{s:9.0f}{swin[0] if swin else math.nan:9.0f}"
               f"{swin[0] / s if swin else math.nan:12.2f}{s / (shape[2] * shape[3] / 224 ** 2):21.1f}"
               f"    {', '.join(f'{m:.0f}' for m in memory)}", flush=True)
