@@ -1,5 +1,6 @@
 // Numbers in vector registers, for the kernels on the CPU.
 #pragma once
+#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -7,6 +8,10 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -19,6 +24,29 @@
 #define VECTORISED
 #endif
 #define INLINED __attribute__((always_inline))
+
+// ---------------------------------------------------------------- whole cache lines, past the caches
+// An ordinary store fetches the line that it will overwrite; one that goes past the caches does not.  That pays where
+// what is written does not stay in a core's own cache anyway: a thread's share of it has more than 2 MiB.
+constexpr int64_t line = 64;  // bytes; PyTorch's memory begins at a multiple of it
+
+inline bool stream_pays(int64_t bytes, int64_t piece) {  // pieces of so many bytes are written one by one
+  return piece % line == 0 && bytes / at::get_num_threads() > (2 << 20);
+}
+
+INLINED inline void stream_line(void* to, const void* from) {
+#ifdef __SSE2__
+  for (int i = 0; i < 4; ++i) _mm_stream_si128((__m128i*)to + i, _mm_loadu_si128((const __m128i*)from + i));
+#else
+  std::memcpy(to, from, line);
+#endif
+}
+
+INLINED inline void end_stream() {  // before another thread reads what was written
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -54,9 +82,11 @@ INLINED inline Vec<Sum<T>, L> load(const T* p) {
   return v;
 }
 
-template <int L, class T>
+template <int L, class T, bool streamed = false>
 INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
-  if constexpr (std::is_same_v<T, Sum<T>>) {
+  if constexpr (std::is_same_v<T, Sum<T>> && streamed && sizeof(v) % line == 0) {
+    for (int i = 0; i < sizeof(v) / line; ++i) stream_line((char*)p + i * line, (const char*)&v + i * line);
+  } else if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(p, &v, sizeof(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // to the nearest, ties to even; NaN stays NaN
     Vec<uint32_t, L> bits;

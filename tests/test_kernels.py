@@ -369,6 +369,26 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(device):
         assert all(map(torch.equal, results, seen[0]))
 
 
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_larger_than_the_caches_has_the_bits_of_its_images_alone(device, dtype):
+    """On a CPU it goes past the caches, in whole lines where d has as many bytes, and that of one image does not."""
+    threads = torch.get_num_threads()
+    for d, M in (32, 7), (24, 4):
+        C = 2 * d
+        qkv, weight = torch.randn(40, 13, 17, 3 * C, device=device).to(dtype), torch.randn(C, 1, 3, 3, device=device).to(dtype)
+        z = torch.randn(40 * math.ceil(13 / M) * math.ceil(17 / M), M * M, 2, d, device=device).to(dtype).transpose(1, 2)
+        try:
+            for n in 1, 2:
+                torch.set_num_threads(n)
+                windows, out = ops.window_partition(qkv, 2, M), ops.window_merge_lim(z, qkv, weight, weight[:, 0, 0, 0], M)
+                assert torch.equal(windows, torch.cat([ops.window_partition(x, 2, M) for x in qkv.split(1)], dim=1))
+                assert torch.equal(out, torch.cat([ops.window_merge_lim(own, x, weight, weight[:, 0, 0, 0], M)
+                                                   for own, x in zip(z.chunk(40), qkv.split(1))]))
+        finally:
+            torch.set_num_threads(threads)
+
+
 @needs_cuda
 def test_cuda_graph():
     model, x = IWSA(32, 2, window=4).cuda().eval(), torch.randn(2, 9, 9, 32, device="cuda")
