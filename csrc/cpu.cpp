@@ -66,7 +66,8 @@ int64_t first_of_row(const Windows& g, const Strides& strides, int64_t b, int64_
 
 Strides dz_strides(const Windows& g) { return {g.heads * g.M * g.M * g.d, g.M * g.M * g.d, g.d}; }
 
-// Pairs of rows begin .. end.  LIM slides along the whole width of the map: windows matter to Z alone.
+// Pairs of rows begin .. end.  LIM slides along the whole width of the map: windows matter to Z alone.  (g by value: what
+// a reference leads to might be what a store has changed, and would be read again after each.)
 template <class T, bool streamed>
 VECTORISED void merge_lim_pairs(const Windows g, int64_t k, const T* z, Strides z_strides, const int64_t* columns,
                                 const T* v, const Sum<T>* taps, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
@@ -122,8 +123,8 @@ int64_t grain(int64_t numbers) { return 1 + 16384 / numbers; }
 
 void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
   const bool streamed = stream_pays(3 * g.strips() * g.M * g.channels() * itemsize, g.d * itemsize);
-  const auto strips = backward ? partition_strips<true, false>
-                      : streamed ? partition_strips<false, true> : partition_strips<false, false>;
+  const auto strips = backward ? (streamed ? partition_strips<true, true> : partition_strips<true, false>)
+                               : (streamed ? partition_strips<false, true> : partition_strips<false, false>);
   at::parallel_for(0, g.strips(), grain(3 * g.M * g.channels()), [&](int64_t begin, int64_t end) {
     strips(g, itemsize, (char*)map, (char*)windows, begin, end);
   });

@@ -383,6 +383,7 @@ def test_an_output_larger_than_the_caches_has_the_bits_of_its_images_alone(devic
                 torch.set_num_threads(n)
                 windows, out = ops.window_partition(qkv, 2, M), ops.window_merge_lim(z, qkv, weight, weight[:, 0, 0, 0], M)
                 assert torch.equal(windows, torch.cat([ops.window_partition(x, 2, M) for x in qkv.split(1)], dim=1))
+                assert torch.equal(ops.window_partition_backward(windows, 13, 17, M), qkv)
                 assert torch.equal(out, torch.cat([ops.window_merge_lim(own, x, weight, weight[:, 0, 0, 0], M)
                                                    for own, x in zip(z.chunk(40), qkv.split(1))]))
         finally:
