@@ -54,63 +54,68 @@ VECTORISED void partition_strips(const Windows& g, int64_t itemsize, char* map, 
 }
 
 // ---------------------------------------------------------------- window merge + LIM and its backward
-// Where the tokens of a row of the map are in (windows, heads, M², d), from the row's first one on.
-std::vector<int64_t> columns_of(const Windows& g, const Strides& strides) {
+// A row of the map is done as one wide strip: LIM slides along all of it, and windows matter to Z alone.  Where Z's tokens
+// are, from the row's first one on, is the same for every row; place(strip, i) says it for token i of a strip.
+template <class Place>
+std::vector<int64_t> columns_of(const Windows& g, Place place) {
   std::vector<int64_t> columns(g.W);
-  for (int64_t x = 0; x < g.W; ++x) columns[x] = x / g.M * strides.window + x % g.M * strides.position;
+  for (int64_t s = 0; s < g.w; ++s) {
+    const Strip t = g.strip(s);
+    for (int64_t i = 0; i < t.tokens; ++i) columns[t.x + i] = place(t, i);
+  }
   return columns;
 }
-int64_t first_of_row(const Windows& g, const Strides& strides, int64_t b, int64_t y) {
-  return (b * g.h + y / g.M) * g.w * strides.window + y % g.M * g.M * strides.position;
+
+Strip wide(const Windows& g, Strip first) {
+  first.tokens = g.W;
+  return first;
 }
 
-Strides dz_strides(const Windows& g) { return {g.heads * g.M * g.M * g.d, g.M * g.M * g.d, g.d}; }
-
-// Pairs of rows begin .. end.  LIM slides along the whole width of the map: windows matter to Z alone.  (g by value: what
-// a reference leads to might be what a store has changed, and would be read again after each.)
+// Pairs of rows begin .. end.  (g by value: what a reference leads to might be what a store has changed, and would be read
+// again after each.)
 template <class T, bool streamed>
 VECTORISED void merge_lim_pairs(const Windows g, int64_t k, const T* z, Strides z_strides, const int64_t* columns,
                                 const T* v, const Sum<T>* taps, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
   const int64_t C = g.channels(), pairs = (g.H + 1) / 2;
   for (int64_t pair = begin; pair < end; ++pair) {
-    const int64_t b = pair / pairs, y = pair % pairs * 2;
-    const Strip row = {b, y, 0, 0, 0, g.W};
+    const int64_t first = g.first_in_row(pair / pairs, pair % pairs * 2);
+    const Strip row = wide(g, g.strip(first)), below = g.strip(first + g.w);
     for (int64_t head = 0; head < g.heads; ++head) {
-      const T *upper_z = z + first_of_row(g, z_strides, b, y) + head * z_strides.head,
-              *lower_z = z + first_of_row(g, z_strides, b, y + 1) + head * z_strides.head;
-      T *upper = out + g.token(b, y, 0) * C + head * g.d, *lower = upper + g.W * C;
-      lim(g, row, y + 1 < g.H, head, k, v, taps, bias, [&](auto lanes, int below, int64_t i, int64_t j, auto value) INLINED {
-        const T* own = (below ? lower_z : upper_z) + columns[i] + j;
+      const T *upper_z = z + z_strides.at(row, head, 0), *lower_z = z + z_strides.at(below, head, 0);
+      T *upper = out + g.token(row.b, row.y, 0) * C + head * g.d, *lower = upper + g.W * C;
+      lim(g, row, row.y + 1 < g.H, head, k, v, taps, bias, [&](auto lanes, int n, int64_t i, int64_t j, auto value) INLINED {
+        const T* own = (n ? lower_z : upper_z) + columns[i] + j;
         __builtin_prefetch(own + z_strides.window);
-        store<lanes, T, streamed>((below ? lower : upper) + i * C + j, value + load<lanes>(own));
+        store<lanes, T, streamed>((n ? lower : upper) + i * C + j, value + load<lanes>(own));
       });
     }
   }
   if (streamed) end_stream();
 }
 
-// Rows begin .. end of the windows: of each image H on the map, and those of the lowest windows that are beyond it.
+// Rows begin .. end, those of the lowest windows that are beyond the map among them.
 template <class T>
 VECTORISED void merge_lim_backward_rows(const Windows g, int64_t k, const T* grad, const T* v, const Sum<T>* taps,
                                         const int64_t* columns, T* dz, T* dqkv, Sum<T>* sums, int64_t begin,
                                         int64_t end) {
   const int64_t C = g.channels();
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t s = row * g.w; s < (row + 1) * g.w; ++s) {
+  for (int64_t first = begin * g.w; first < end * g.w; first += g.w) {
+    for (int64_t s = first; s < first + g.w; ++s) {
       const Strip t = g.strip(s);
       for (int64_t head = 0; head < g.heads && t.tokens < g.M; ++head)
         std::fill_n(dz + (g.group(0, t.window, head, t.position) + t.tokens) * g.d, (g.M - t.tokens) * g.d, T(0));
     }
-    const int64_t b = row / (g.h * g.M), y = row % (g.h * g.M), token = g.token(b, y, 0);
-    if (y >= g.H) continue;
+    const Strip row = wide(g, g.strip(first));
+    if (row.y >= g.H) continue;
+    T* dqkv_row = dqkv + g.token(row.b, row.y, 0) * 3 * C;
     for (int64_t i = 0; i < g.W; ++i)  // LIM has no part in the gradients of Q and K
-      std::fill_n(dqkv + (token + i) * 3 * C, 2 * C, T(0));
+      std::fill_n(dqkv_row + i * 3 * C, 2 * C, T(0));
     for (int64_t head = 0; head < g.heads; ++head) {
-      T* dz_row = dz + first_of_row(g, dz_strides(g), b, y) + head * dz_strides(g).head;
-      const Strip strip = {b, y, 0, 0, 0, g.W};
-      lim_backward(g, strip, head, k, grad, v, taps, sums, [&](auto lanes, int64_t i, int64_t j, auto dv) INLINED {
-        store<lanes>(dqkv + ((token + i) * 3 + 2) * C + head * g.d + j, dv);
-        std::memcpy(dz_row + columns[i] + j, grad + (token + i) * C + head * g.d + j, lanes * sizeof(T));
+      T *dz_row = dz + g.group(0, row.window, head, row.position) * g.d, *dv_row = dqkv_row + 2 * C + head * g.d;
+      const T* grad_row = grad + g.token(row.b, row.y, 0) * C + head * g.d;
+      lim_backward(g, row, head, k, grad, v, taps, sums, [&](auto lanes, int64_t i, int64_t j, auto dv) INLINED {
+        store<lanes>(dv_row + i * 3 * C + j, dv);
+        std::memcpy(dz_row + columns[i] + j, grad_row + i * C + j, lanes * sizeof(T));
       });
     }
   }
@@ -135,7 +140,7 @@ void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strid
   with_type(type, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const auto taps = transposed((const Sum<T>*)weight, g.channels(), k * k);
-    const auto columns = columns_of(g, z_strides);
+    const auto columns = columns_of(g, [&](const Strip& t, int64_t i) { return z_strides.at(t, 0, i); });
     const bool streamed = stream_pays(g.B * g.H * g.W * g.channels() * sizeof(T), g.d * sizeof(T));
     const auto pairs = streamed ? merge_lim_pairs<T, true> : merge_lim_pairs<T, false>;
     at::parallel_for(0, g.B * ((g.H + 1) / 2), grain(2 * g.W * g.channels()), [&](int64_t begin, int64_t end) {
@@ -151,7 +156,7 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
     using T = std::remove_pointer_t<decltype(t)>;
     const int64_t C = g.channels(), size = (k * k + 1) * C;
     const auto taps = transposed((const Sum<T>*)weight, C, k * k);
-    const auto columns = columns_of(g, dz_strides(g));
+    const auto columns = columns_of(g, [&](const Strip& t, int64_t i) { return g.group(0, t.window, 0, t.position + i) * g.d; });
     // The weight's gradient is summed in parts and then over the parts, in order.  Their number follows from the shape,
     // so that the result does not depend on the number of threads.
     const int64_t parts = std::clamp<int64_t>(g.B * g.H * g.W / 64, 1, 32), rows = g.B * g.h * g.M;

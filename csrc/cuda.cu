@@ -111,8 +111,7 @@ __global__ void merge_lim_kernel(Windows g, int64_t k, const T* __restrict__ z, 
           const auto neighbour = load<V>(v + g.token(t.b, row, column) * 3 * C + c);
           for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);
         }
-      const auto own = load<V>(z + t.window * z_strides.window + c / d * z_strides.head +
-                               (t.position + i) * z_strides.position + c % d);
+      const auto own = load<V>(z + z_strides.at(t, c / d, i) + c % d);
       Pack<T, V> result;
       for (int u = 0; u < V; ++u) narrow(sum.x[u] + widen(own.x[u]), result.x[u]);
       store(out + g.token(t.b, t.y, x) * C + c, result);

@@ -34,6 +34,9 @@ struct Windows {
     return {b, y, x, (b * h + y / M) * w + s % w, y % M * M, y >= H ? 0 : W - x < M ? W - x : M};
   }
 
+  // A row's first strip; its w strips are one after the other.
+  HOST_DEVICE int64_t first_in_row(int64_t b, int64_t y) const { return (b * h * M + y) * w; }
+
   // A window's first strip; its M strips are w apart.
   HOST_DEVICE int64_t first_strip(int64_t window) const { return window / w * M * w + window % w; }
 
@@ -49,4 +52,9 @@ struct Windows {
 // Of attention's output (windows, heads, M², d): `scaled_dot_product_attention` lays it out as it likes.
 struct Strides {
   int64_t window, head, position;
+
+  // Where one head of token i of a strip begins.
+  HOST_DEVICE int64_t at(const Strip& t, int64_t head_, int64_t i) const {
+    return t.window * window + head_ * head + (t.position + i) * position;
+  }
 };
