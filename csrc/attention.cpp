@@ -2,8 +2,8 @@
 // ScalableViT-S at batch 8 (tests/bench.py; two cores with AVX-512, medians of one run, float32 and bfloat16):
 //
 //   1. plain PyTorch (scalablevit.py)                           forward 1          forward + backward 1
-//   2. partition, PyTorch's attention, merge + LIM (cpu.cpp)            1.3-1.5 x                     1.2-1.4 x as fast
-//   3. one pass (here)                                                  2.5-3.4 x                     2.1-2.7 x
+//   2. partition, PyTorch's attention, merge + LIM (cpu.cpp)            1.3-1.7 x                     1.2-1.5 x as fast
+//   3. one pass (here)                                                  2.8-3.4 x                     1.9-3.0 x
 //
 // IWSA, (B, H, W, 3C) -> (B, H, W, C): a thread takes one head of one window, gathers its Q, K and V into a few kB of
 // buffers that stay in the cache, attends, adds LIM and writes the result to its place in the map.  A window that the
