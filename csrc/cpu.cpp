@@ -71,8 +71,8 @@ Strip wide(const Windows& g, Strip first) {
   return first;
 }
 
-// Pairs of rows begin .. end.  (g by value: what a reference leads to might be what a store has changed, and would be read
-// again after each.)
+// Pairs of rows begin .. end.  `g` is a copy: the compiler cannot know that no store changes what a reference leads to, and
+// would read the sizes again for each token.
 template <class T, bool streamed>
 VECTORISED void merge_lim_pairs(const Windows g, int64_t k, const T* z, Strides z_strides, const int64_t* columns,
                                 const T* v, const Sum<T>* taps, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
@@ -83,9 +83,10 @@ VECTORISED void merge_lim_pairs(const Windows g, int64_t k, const T* z, Strides 
     for (int64_t head = 0; head < g.heads; ++head) {
       const T *upper_z = z + z_strides.at(row, head, 0), *lower_z = z + z_strides.at(below, head, 0);
       T *upper = out + g.token(row.b, row.y, 0) * C + head * g.d, *lower = upper + g.W * C;
-      lim(g, row, row.y + 1 < g.H, head, k, v, taps, bias, [&](auto lanes, int n, int64_t i, int64_t j, auto value) INLINED {
+      const bool two = row.y + 1 < g.H;
+      lim(g, row, two, head, k, v, taps, bias, [&](auto lanes, int n, int64_t i, int64_t j, auto value) INLINED {
         const T* own = (n ? lower_z : upper_z) + columns[i] + j;
-        __builtin_prefetch(own + z_strides.window);
+        __builtin_prefetch(own + z_strides.window);  // the next window's
         store<lanes, T, streamed>((n ? lower : upper) + i * C + j, value + load<lanes>(own));
       });
     }
@@ -93,7 +94,7 @@ VECTORISED void merge_lim_pairs(const Windows g, int64_t k, const T* z, Strides 
   if (streamed) end_stream();
 }
 
-// Rows begin .. end, those of the lowest windows that are beyond the map among them.
+// Rows begin .. end of the windows: one below the map has only zeros to write, in dz.
 template <class T>
 VECTORISED void merge_lim_backward_rows(const Windows g, int64_t k, const T* grad, const T* v, const Sum<T>* taps,
                                         const int64_t* columns, T* dz, T* dqkv, Sum<T>* sums, int64_t begin,
@@ -127,7 +128,8 @@ int64_t grain(int64_t numbers) { return 1 + 16384 / numbers; }
 }  // namespace
 
 void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
-  const bool streamed = stream_pays(3 * g.strips() * g.M * g.channels() * itemsize, g.d * itemsize);
+  const int64_t bytes = (backward ? g.B * g.H * g.W : g.count() * g.M * g.M) * 3 * g.channels() * itemsize;
+  const bool streamed = stream_pays(backward ? map : windows, bytes, g.d * itemsize);
   const auto strips = backward ? (streamed ? partition_strips<true, true> : partition_strips<true, false>)
                                : (streamed ? partition_strips<false, true> : partition_strips<false, false>);
   at::parallel_for(0, g.strips(), grain(3 * g.M * g.channels()), [&](int64_t begin, int64_t end) {
@@ -141,8 +143,9 @@ void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strid
     using T = std::remove_pointer_t<decltype(t)>;
     const auto taps = transposed((const Sum<T>*)weight, g.channels(), k * k);
     const auto columns = columns_of(g, [&](const Strip& t, int64_t i) { return z_strides.at(t, 0, i); });
-    const bool streamed = stream_pays(g.B * g.H * g.W * g.channels() * sizeof(T), g.d * sizeof(T));
-    const auto pairs = streamed ? merge_lim_pairs<T, true> : merge_lim_pairs<T, false>;
+    auto pairs = merge_lim_pairs<T, false>;
+    if constexpr (sizeof(T) >= 4)  // 16 shorter numbers are half a line, and that takes as long as a line
+      if (stream_pays(out, g.B * g.H * g.W * g.channels() * sizeof(T), g.d * sizeof(T))) pairs = merge_lim_pairs<T, true>;
     at::parallel_for(0, g.B * ((g.H + 1) / 2), grain(2 * g.W * g.channels()), [&](int64_t begin, int64_t end) {
       pairs(g, k, (const T*)z, z_strides, columns.data(), (const T*)qkv + 2 * g.channels(), taps.data(),
             (const Sum<T>*)bias, (T*)out, begin, end);
@@ -156,7 +159,9 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
     using T = std::remove_pointer_t<decltype(t)>;
     const int64_t C = g.channels(), size = (k * k + 1) * C;
     const auto taps = transposed((const Sum<T>*)weight, C, k * k);
-    const auto columns = columns_of(g, [&](const Strip& t, int64_t i) { return g.group(0, t.window, 0, t.position + i) * g.d; });
+    const auto columns = columns_of(g, [&](const Strip& t, int64_t i) {
+      return g.group(0, t.window, 0, t.position + i) * g.d;
+    });
     // The weight's gradient is summed in parts and then over the parts, in order.  Their number follows from the shape,
     // so that the result does not depend on the number of threads.
     const int64_t parts = std::clamp<int64_t>(g.B * g.H * g.W / 64, 1, 32), rows = g.B * g.h * g.M;

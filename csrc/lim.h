@@ -119,8 +119,8 @@ INLINED inline void lim_any(const Windows& g, const Strip& t, int row, int64_t h
     });
 }
 
-// F(V) at the tokens of a strip and, if `two`, of the strip below, in one head's channels: take(L, row, i, j, value) gets L
-// channels from j on of token i in row 0 or 1.
+// F(V) at the tokens of a strip, or of a whole row, and, if `two`, of the one below, in one head's channels:
+// take(L, row, i, j, value) gets L channels from j on of token i in row 0 or 1.
 template <class T, class Take>
 INLINED inline void lim(const Windows& g, const Strip& t, bool two, int64_t head, int64_t k, const T* v,
                         const Sum<T>* taps, const Sum<T>* bias, Take take) {
@@ -149,7 +149,7 @@ INLINED inline void lim_3x3_backward(const Windows& g, const Strip& t, int64_t h
     for (int64_t i = 0; i < t.tokens; ++i) {
       near.move(rows, t.x + i + 1 < g.W);
       __builtin_prefetch(ahead + i * C + c);
-      __builtin_prefetch(value + (i + t.tokens) * 3 * C + c);
+      __builtin_prefetch(value + (i + t.tokens) * 3 * C + c);  // the next strip's, or the next row's
       const auto own = load<L>(value + i * 3 * C + c);
       Vec<Sum<T>, L> sum = {};
       for (int ky = 0; ky < 3; ++ky)

@@ -28,17 +28,18 @@
 // ---------------------------------------------------------------- whole cache lines, past the caches
 // An ordinary store fetches the line that it will overwrite; one that goes past the caches does not.  That pays where
 // what is written does not stay in a core's own cache anyway: a thread's share of it has more than 2 MiB.
-constexpr int64_t line = 64;  // bytes; PyTorch's memory begins at a multiple of it
+constexpr int64_t cache_line = 64;  // bytes
 
-inline bool stream_pays(int64_t bytes, int64_t piece) {  // pieces of so many bytes are written one by one
-  return piece % line == 0 && bytes / at::get_num_threads() > (2 << 20);
+// `bytes` in all, in pieces of `piece` bytes.  Each has to begin and end with a line: `stream_line` needs that.
+inline bool stream_pays(const void* to, int64_t bytes, int64_t piece) {
+  return (uintptr_t)to % cache_line == 0 && piece % cache_line == 0 && bytes / at::get_num_threads() > (2 << 20);
 }
 
 INLINED inline void stream_line(void* to, const void* from) {
 #ifdef __SSE2__
   for (int i = 0; i < 4; ++i) _mm_stream_si128((__m128i*)to + i, _mm_loadu_si128((const __m128i*)from + i));
 #else
-  std::memcpy(to, from, line);
+  std::memcpy(to, from, cache_line);
 #endif
 }
 
@@ -84,8 +85,8 @@ INLINED inline Vec<Sum<T>, L> load(const T* p) {
 
 template <int L, class T, bool streamed = false>
 INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
-  if constexpr (std::is_same_v<T, Sum<T>> && streamed && sizeof(v) % line == 0) {
-    for (int i = 0; i < sizeof(v) / line; ++i) stream_line((char*)p + i * line, (const char*)&v + i * line);
+  if constexpr (streamed && sizeof(v) % cache_line == 0) {
+    for (size_t i = 0; i < sizeof(v); i += cache_line) stream_line((char*)p + i, (const char*)&v + i);
   } else if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(p, &v, sizeof(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // to the nearest, ties to even; NaN stays NaN

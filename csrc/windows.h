@@ -17,7 +17,7 @@
 struct Strip {
   int64_t b, y, x;           // image, row and column of its first token
   int64_t window, position;  // the window, 0 .. B·h·w, and that token's place in it, 0 .. M²
-  int64_t tokens;            // how many of the M tokens are on the map
+  int64_t tokens;            // how many of the M tokens are on the map; W where a whole row is done as one (cpu.cpp)
 };
 
 struct Windows {
