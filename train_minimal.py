@@ -29,6 +29,7 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn        # by DDP it is imported too late: its defaults then hold the group, threads and all
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
@@ -625,9 +626,11 @@ def main():
             signal.signal(number, on_signal)
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:         # that is nohup
             signal.signal(signal.SIGHUP, on_signal)                   # the terminal was closed
-        run(args, settings, checkpoint)
+        status = run(args, settings, checkpoint)
         if WORLD > 1:
             dist.destroy_process_group()
+        if status:
+            raise SystemExit(status)
         return
     except torch.OutOfMemoryError:
         b, accum = settings.batch_size, settings.accum
@@ -640,6 +643,7 @@ def main():
 
 
 def run(args, settings, checkpoint):
+    """Train or evaluate; the exit status, where a signal ended it."""
     # Images
     output, new = args.output, not (args.resume or args.eval)
     if new and not settings.data:
@@ -649,7 +653,7 @@ def run(args, settings, checkpoint):
         if RANK == 0 and not data.exists():
             say(f"drawing a data set of {len(SHAPES)} classes into {data}")
             draw_data_set(data)
-        total()                                                       # the others wait for it
+        total(0)                                                      # the others wait for it
     bf16 = CUDA if settings.bf16 is None else settings.bf16
     classes = not new and checkpoint.get("classes") or class_names(data / ("val" if args.eval else "train"))
     train_set = None if args.eval else ImageFolder(data / "train", classes, settings)
@@ -746,7 +750,7 @@ def run(args, settings, checkpoint):
             start = "python" if WORLD == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
             say(f"{signal.Signals(number).name} came: stopped and saved after step {done} of epoch {epoch + 1}; "
                 f"go on with: {start} {shlex.quote(sys.argv[0])} --output {shlex.quote(str(output))} --resume")
-            raise SystemExit(128 + number)
+            return 128 + number
         if step >= last:
             return
 

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed.nn                    # before a group is made: see train_minimal.py
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import distributed, multiprocessing

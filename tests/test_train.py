@@ -608,6 +608,39 @@ def test_two_processes_take_the_steps_of_one_and_count_each_validation_image_onc
     assert top1 * 19 / 100 == pytest.approx(round(top1 * 19 / 100)) and top1 == log_of(tmp_path / "one")[0]["top1"]
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="threads are named under Linux's /proc")
+def test_the_data_set_is_drawn_once_for_all_and_the_groups_threads_end_with_the_run(tmp_path):
+    """Without --data: one process draws, and the other waits.  A gloo thread that is still there when the interpreter
+    ends may abort the process (it lets go of a tensor that Python knew, and may no longer call Python)."""
+    (tmp_path / "program.py").write_text(f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import train_minimal as train
+
+draw_data_set, run = train.draw_data_set, train.run
+
+def draw_slowly(root):
+    time.sleep(1)
+    draw_data_set(root, train=8, val=2)
+
+def names():
+    return [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+
+def run_and_look(*args):
+    run(*args)
+    assert any("gloo" in name for name in names()), names()
+
+train.draw_data_set, train.run = draw_slowly, run_and_look
+train.main()
+time.sleep(0.5)                                                                # /proc may show a joined thread a moment
+assert not any("gloo" in name for name in names()), names()
+""")
+    process = torchrun("--output", tmp_path / "out", "--epochs", 1, *QUICK, options=["--standalone"],
+                       program=tmp_path / "program.py")
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and printed.count("drawing a data set") == printed.count("val top-1") == 1, printed
+
+
 def signalling(folder, name, step):
     """A script that runs the program, and whose process 1 sends itself a signal once when a step begins."""
     (folder / "program.py").write_text(f"""
