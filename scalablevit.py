@@ -78,12 +78,17 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+def as_written(layer, cls):
+    """Whether a call of the layer runs cls.forward and nothing else: only then may another operator use its weights."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is cls and not (hooks or "forward" in vars(layer))
+
+
 def linear_gelu(linear, x):
     """GELU(linear(x)); in inference mode on a CPU oneDNN applies the GELU on the fly, as it does in compiled models."""
     eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
-    eager = eager and torch.is_inference_mode_enabled()
-    plain = type(linear) is Linear and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
-    if eager and plain and linear.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    eager = eager and torch.is_inference_mode_enabled() and as_written(linear, Linear)
+    if eager and linear.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
         w, tensors = linear.weight, [x, *linear.parameters(recurse=False)]
         if len({(t.device, t.dtype) for t in tensors}) == 1 and x.shape[-1] == w.shape[1]:    # else PyTorch says what is wrong
             return torch.ops.mkldnn._linear_pointwise(x, w, linear.bias, "gelu", [], "none")
@@ -349,13 +354,21 @@ class IWSA(WSA):
         super().__init__(dim, heads, window)
         self.lim = depthwise(dim)
 
+    def fusible(self):
+        """Whether the kernels compute what this class does: nothing is overridden, and F is as `depthwise` makes it."""
+        f = self.lim
+        return (type(self) is IWSA and "merge" not in vars(self) and as_written(f, nn.Conv2d) and f.bias is not None
+                and f.stride == f.dilation == (1, 1) and f.padding == (f.kernel_size[0] // 2,) * 2
+                and f.groups == f.in_channels and f.padding_mode == "zeros")
+
     def attend(self, qkv, H, W, shift=(0, 0)):
-        if qkv.device.type == "cpu" and "cpu" in KERNELS:          # all of it in one pass; nothing is padded, nothing masked
+        if qkv.device.type == "cpu" and "cpu" in KERNELS and self.fusible():
+            # All of it in one pass; nothing is padded, nothing masked.
             return torch.ops.scalablevit.iwsa(qkv, self.lim.weight, self.lim.bias, self.heads, self.side(H, W))
         return super().attend(qkv, H, W, shift)
 
     def merge(self, z, v, qkv, M):
-        if qkv.device.type in KERNELS:
+        if qkv.device.type in KERNELS and self.fusible():
             return torch.ops.scalablevit.window_merge_lim(z, qkv, self.lim.weight, self.lim.bias, M)
         value_map = qkv.chunk(3, dim=-1)[2]                                             # V (B, H, W, C)
         return super().merge(z, v, qkv, M) + to_tokens(self.lim(to_map(value_map)))        # (5)

@@ -163,7 +163,7 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
       return g.group(0, t.window, 0, t.position + i) * g.d;
     });
     // The weight's gradient is summed in parts and then over the parts, in order.  Their number follows from the shape,
-    // so that the result does not depend on the number of threads.
+    // so that the result does not depend on the number of threads; no more threads than parts have work.
     const int64_t parts = std::clamp<int64_t>(g.B * g.H * g.W / 64, 1, 32), rows = g.B * g.h * g.M;
     std::vector<Sum<T>> sums(parts * size);
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -37,7 +37,7 @@ void check_same(const char* a_name, const Tensor& a, const char* b_name, const T
 Windows windows_of(int64_t B, int64_t H, int64_t W, int64_t heads, int64_t d, int64_t M) {
   TORCH_CHECK(H >= 1 && W >= 1 && H < (1LL << 31) && W < (1LL << 31),
               "the map must have at least one row and one column, and fewer than 2^31 of each, got H=", H, ", W=", W);
-  // Within a strip the GPU counts 2-byte words in 32 bits, and a float64 has four of them.
+  // Within a strip the GPU counts 2-byte words in 32 bits, and a float64 has four of them; what one device takes, all take.
   TORCH_CHECK(M >= 1 && M < (1 << 15) && 3 * heads * d < (1 << 29) / M,
               "window must be at least 1, below 2^15, and window · 3C below 2^29, got window=", M, " and 3C=", 3 * heads * d);
   return {B, H, W, heads, d, M};
@@ -57,7 +57,8 @@ Tensor check_weight(const Tensor& weight, const Tensor& qkv) {
               "weight must have shape (C, 1, k, k) with C=", qkv.size(3) / 3, " and k odd, got ", weight.sizes());
   const auto sum_type = at::toOpMathType(qkv.scalar_type());
   TORCH_CHECK(weight.scalar_type() == qkv.scalar_type() || weight.scalar_type() == sum_type,
-              "weight must be ", qkv.scalar_type(), " like qkv or ", sum_type, ", got ", weight.scalar_type());
+              "weight must be ", sum_type, sum_type == qkv.scalar_type() ? "" : " or like qkv", " where qkv is ",
+              qkv.scalar_type(), ", got ", weight.scalar_type());
   TORCH_CHECK(weight.device() == qkv.device(), "weight and qkv must be on the same device, got ", weight.device(),
               " and ", qkv.device());
   const Tensor w = weight.to(sum_type);

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -334,6 +336,62 @@ def test_model_with_and_without(device, autocast):
     norm = torch.cat([g.flatten() for g in plain_grads]).norm()
     assert torch.cat([(a - b).flatten() for a, b in zip(grads, plain_grads)]).norm() <= bound * norm
     assert flops == plain_flops
+
+
+def changes():
+    """(name, what a reader may do to an IWSA of 8 channels, beyond what the kernels compute)."""
+    def lim(**kwargs):
+        return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, "groups": 8} | kwargs))
+
+    def hook(kind, result):
+        return lambda module: getattr(module.lim, f"register_{kind}_hook")(result)
+
+    def merge(module):
+        module.merge = lambda z, v, qkv, M: window_merge(z, *qkv.shape[1:3], M)
+
+    class Doubled(IWSA):
+        def merge(self, z, v, qkv, M):
+            return 2 * super().merge(z, v, qkv, M)
+
+    return {
+        "a hook": hook("forward", lambda layer, args, out: 0 * out),
+        "a hook before": hook("forward_pre", lambda layer, args: 2 * args[0]),
+        "a hook on gradients": hook("full_backward", lambda layer, into, out: (0 * into[0],)),
+        "a hook on gradients before": hook("full_backward_pre", lambda layer, out: (0 * out[0],)),
+        "a forward of its own": lambda module: setattr(module.lim, "forward", torch.zeros_like),
+        "pruned": lambda module: prune.l1_unstructured(module.lim, "weight", 0.5),
+        "spectral norm": lambda module: nn.utils.spectral_norm(module.lim),
+        "weight norm": lambda module: nn.utils.parametrizations.weight_norm(module.lim),
+        "dilated": lim(padding=2, dilation=2),
+        "not depthwise": lim(groups=2),
+        "circular": lim(padding_mode="circular"),
+        "no bias": lim(bias=False),
+        "oblong": lim(kernel_size=(3, 5), padding=(1, 2)),
+        "no convolution": lambda module: setattr(module, "lim", nn.Identity()),
+        "a merge of its own": merge,
+        "a subclass": lambda module: setattr(module, "__class__", Doubled),
+    }
+
+
+@on_devices
+@pytest.mark.parametrize("name", changes())
+def test_what_a_reader_changes_is_what_runs(device, name):
+    def train(change):
+        torch.manual_seed(0)
+        module, images = IWSA(8, 2, window=3), torch.randn(2, 7, 8, 8, device=device, requires_grad=True)
+        change(module)
+        optimizer, seen = torch.optim.SGD(module.to(device).parameters(), lr=0.1), []
+        for _ in range(3):
+            out = module(images)
+            optimizer.zero_grad()
+            out.square().mean().backward()
+            optimizer.step()
+            seen += [out.detach(), images.grad.clone()]
+        return seen
+
+    change = changes()[name]
+    torch.testing.assert_close(train(change), plain(train, change))
+    assert any(not torch.allclose(*both) for both in zip(train(change), train(lambda module: None)))
 
 
 @on_devices
