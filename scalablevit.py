@@ -107,7 +107,7 @@ def load_kernels():
 
     On a CPU it makes all that `IWSA` does between its two linears one pass over memory, and SSA's attention another; on a
     GPU `window_partition` and the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels
-    compute, and runs wherever there are none.  SCALABLEVIT_KERNELS=0 turns them off.
+    compute, and runs wherever there are none or a layer is not as written.  SCALABLEVIT_KERNELS=0 turns them off.
     """
     if os.environ.get("SCALABLEVIT_KERNELS") == "0":
         return ()

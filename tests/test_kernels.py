@@ -338,11 +338,13 @@ def test_model_with_and_without(device, autocast):
     assert flops == plain_flops
 
 
-def changes():
-    """(name, what a reader may do to an IWSA of 8 channels, beyond what the kernels compute)."""
-    def lim(**kwargs):
-        return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, "groups": 8} | kwargs))
+def lim(**kwargs):
+    """Puts another convolution in the place of LIM."""
+    return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, "groups": 8} | kwargs))
 
+
+def changes():
+    """By name, what a reader may do to an IWSA of 8 channels, beyond what the kernels compute."""
     def hook(kind, result):
         return lambda module: getattr(module.lim, f"register_{kind}_hook")(result)
 
@@ -361,7 +363,6 @@ def changes():
         "a forward of its own": lambda module: setattr(module.lim, "forward", torch.zeros_like),
         "pruned": lambda module: prune.l1_unstructured(module.lim, "weight", 0.5),
         "spectral norm": lambda module: nn.utils.spectral_norm(module.lim),
-        "weight norm": lambda module: nn.utils.parametrizations.weight_norm(module.lim),
         "dilated": lim(padding=2, dilation=2),
         "not depthwise": lim(groups=2),
         "circular": lim(padding_mode="circular"),
@@ -392,6 +393,15 @@ def test_what_a_reader_changes_is_what_runs(device, name):
     change = changes()[name]
     torch.testing.assert_close(train(change), plain(train, change))
     assert any(not torch.allclose(*both) for both in zip(train(change), train(lambda module: None)))
+
+
+@on_devices
+@pytest.mark.parametrize("kwargs", [{"stride": 2}, {"dilation": 2}, {"padding": 2}, {"kernel_size": 4, "padding": 2}], ids=str)
+def test_a_convolution_that_does_not_fit_is_an_error_as_it_is_without_kernels(device, kwargs):
+    module = IWSA(8, 2, window=3)
+    lim(**kwargs)(module)
+    with pytest.raises(RuntimeError):
+        module.to(device)(torch.randn(2, 7, 8, 8, device=device))
 
 
 @on_devices
