@@ -154,8 +154,8 @@ class SSA(nn.Module):
     (The paper prints f_v(V); its text and code take X.)
     f_k and f_v share one reduction, a depthwise s x s convolution of stride s = sqrt(1/r_n) and a 1x1 convolution
     to C' = int(C r_c) channels, LayerNorm and GELU; a linear layer each follows.  A map that s does not divide is
-    padded with zeros right and bottom, so that no token is dropped.  With r_n = 1 there is nothing to scale: as in
-    the published model, K and V come straight from X and r_c plays no part.
+    padded with zeros right and bottom, so that no token is dropped.  With r_n = 1 there is nothing to reduce: as in
+    the published model, K and V come straight from X, C' = C, and r_c is left in the scale of the softmax alone.
 
     Cost of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
     ratio r_n of Table 1 it is r_n N^2 (C + C'): quadratic in N, with a small constant.
@@ -171,7 +171,7 @@ class SSA(nn.Module):
             raise ValueError(f"heads must divide the channels C and C' = int(C·rc): "
                              f"got heads={heads}, C={dim}, rc={rc}, C'={scaled}")
         self.heads, self.s = heads, s
-        self.scale = (dim * (rc if s > 1 else 1) / heads) ** -0.5                       # 1/sqrt(d_k')
+        self.scale = (dim * rc / heads) ** -0.5                                         # 1/sqrt(d_k')
         self.q = Linear(dim, scaled)
         if s > 1:
             self.reduce = nn.Sequential(nn.Conv2d(dim, dim, s, stride=s, groups=dim), nn.Conv2d(dim, scaled, 1))
@@ -494,7 +494,9 @@ class ScalableViT(nn.Module):
     def __init__(self, in_chans=3, num_classes=1000, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16),
                  rc=(1.25, 1.25, 1.25, 1.0), rn=(1 / 64, 1 / 16, 1 / 4, 1), window=7, mlp_ratio=4.0,
                  drop_path_rate=0.0, peg=True, pattern=("iwsa", "ssa"), head_hidden=4096):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.config = config                                         # ScalableViT(**model.config) is its like
         per_stage = {"depths": depths, "heads": heads, "rc": rc, "rn": rn}
         if not all(isinstance(value, (list, tuple)) and len(value) == len(depths) > 0 for value in per_stage.values()):
             raise ValueError("depths, heads, rc and rn must be lists with one entry per stage each, got "
@@ -537,6 +539,7 @@ class ScalableViT(nn.Module):
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes must be an integer, 0 (no classifier) or more, got {num_classes!r}")
         self.num_classes, C, hidden = num_classes, self.num_features, self.head_hidden
+        self.config["num_classes"] = num_classes
         if num_classes == 0:
             self.head = nn.Identity()
         elif hidden is None:
@@ -637,6 +640,15 @@ def convert_official(state_dict):
         else:
             converted[f"{name}.{parameter}"] = tensor
     return converted
+
+
+def official_kwargs(state_dict):
+    """The arguments beside those of Table 1 that a published state dict asks for: of the two heads there are.
+
+    S, B and L were published with the two-layer head, which is the default here; and S once more with a plain one, and
+    with r_c = 1.25 in all four stages.
+    """
+    return dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25)) if "head.weight" in state_dict else {}
 
 
 # ---------------------------------------------------------------------------- Cost

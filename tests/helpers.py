@@ -126,7 +126,7 @@ def ssa_by_hand(module, x, rc, s):
             reduced = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
             reduced = reduced * module.norm.weight + module.norm.bias
             reduced = reduced * 0.5 * (1 + torch.erf(reduced / 2 ** 0.5))               # GELU
-        d = (rc if s > 1 else 1) * C / module.heads
+        d = rc * C / module.heads
         z = softmax_attention(linear_by_hand(tokens, module.q), linear_by_hand(reduced, module.k),
                               linear_by_hand(reduced, module.v), module.heads, d ** -0.5)
         out[b] = linear_by_hand(z, module.proj).reshape(H, W, C)
