@@ -3,322 +3,168 @@
     ScalableViT: Rethinking the Context-oriented Generalization of Vision Transformer
     Rui Yang, Hailong Ma, Jie Wu, Yansong Tang, Xuefeng Xiao, Min Zheng, Xiu Li.  ECCV 2022.
 
-In the paper's order: patch embedding (3.1), SSA (3.2), the window attentions with LIM (3.3), PEG (3.4), the
-network of Table 1 (3.5).  Tokens are (B, H, W, C) from the first patch embedding to the head.
+In its order: patch embedding (3.1), SSA (3.2), window attention and LIM (3.3), PEG (3.4), the network (3.5, Table 1).
+Tokens are (B, H, W, C) from the first patch embedding to the head: batch, rows, columns, channels; N = H W.
 
-    B  batch                      M    window size (7)                r_n  SSA's spatial scale   N_rn = N r_n keys
-    H, W  tokens; N = H W         d    channels of one head           r_c  SSA's channel scale   C' = int(C r_c)
-
-    python scalablevit.py [--size H W]      shapes, parameters and cost of tiny, S, B and L beside the paper's Table 2
+    M   side of a window (7)             r_n   SSA's spatial scale: N_rn = N r_n keys
+    d   channels of one head             r_c   SSA's channel scale: C' = int(C r_c)
 """
 import argparse
 import math
-import os
 import re
-import warnings
+from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 
-def to_map(tokens):
-    """Tokens (B, H, W, C) as the map (B, C, H, W) that convolutions take: a view, channels last in memory."""
-    return tokens.permute(0, 3, 1, 2)
-
-
-def to_tokens(image):
-    """The map (B, C, H, W) as tokens (B, H, W, C): a view."""
-    return image.permute(0, 2, 3, 1)
+def convolve(conv, x):
+    """conv, which takes (B, C, H, W), of tokens (B, H, W, C).  Permuting makes views: nothing is copied."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def depthwise(dim, kernel_size=3):
-    """One kernel_size x kernel_size filter per channel, zero padding, same size out: LIM, LEM and PEG."""
+    """A depthwise convolution, one filter per channel; zero padding keeps the size.  LIM, LEM and PEG are each one."""
     return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-
-def macs(layer, positions):
-    """Multiply-accumulates of a linear or convolution: each weight is used once per output position."""
-    return positions * layer.weight.numel()
-
-
-def attention(q, k, v, scale, mask=None):
-    """Softmax(Q K^T · scale) V, equation (1): q (…, n, d), k (…, m, d), v (…, m, d_v) -> (…, n, d_v).
-
-    mask (…, n, m) is True where a query may see a key.
-    """
-    if q.device.type == "cpu" and k.shape[-2] <= 256:              # few keys: as it is written is the faster way there
-        scores = (q * scale) @ k.transpose(-2, -1)                                      # (…, n, m)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        return scores.softmax(dim=-1) @ v
-    # PyTorch's fused form never stores the scores as a whole.  It wants heads of one size, which SSA's are not: zeros
-    # after q and k change no score, and those after v are cut off again.
-    d_v = v.shape[-1]
-    q, k, v = (F.pad(t, (0, max(q.shape[-1], d_v) - t.shape[-1])) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[..., :d_v]
-
-
-class Linear(nn.Linear):
-    """A linear layer; for many tokens (B, H, W, C) on a CPU the 1x1 convolution that it is.
-
-    PyTorch takes convolutions to oneDNN there, which is faster than its linears as soon as it pays to rearrange the
-    weight first, in every call.
-    """
-
-    onednn = torch.backends.mkldnn.is_available()
-
-    def forward(self, x):
-        compiled = torch.compiler.is_compiling()                    # there, a choice by size would fix the batch's
-        many = x.ndim == 4 and (compiled or math.prod(x.shape[:3]) >= self.in_features + self.out_features)
-        if self.onednn and many and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-            return to_tokens(F.conv2d(to_map(x), self.weight[:, :, None, None], self.bias))
-        return super().forward(x)
-
-
-def as_written(layer, cls):
-    """Whether a call of the layer runs cls.forward and nothing else: only then may another operator use its weights."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is cls and not (hooks or "forward" in vars(layer))
-
-
-def linear_gelu(linear, x):
-    """GELU(linear(x)); in inference mode on a CPU oneDNN applies the GELU on the fly, as it does in compiled models."""
-    eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
-    eager = eager and torch.is_inference_mode_enabled() and as_written(linear, Linear)
-    if eager and linear.onednn and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
-        w, tensors = linear.weight, [x, *linear.parameters(recurse=False)]
-        if len({(t.device, t.dtype) for t in tensors}) == 1 and x.shape[-1] == w.shape[1]:    # else PyTorch says what is wrong
-            return torch.ops.mkldnn._linear_pointwise(x, w, linear.bias, "gelu", [], "none")
-    return F.gelu(linear(x))
-
-
-if Linear.onednn and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)     # so that PyTorch's counter sees it
-    def _(x, weight, *args, **kwargs):
-        return 2 * math.prod(x) * weight[0]
-
-
-# ---------------------------------------------------------------------------- Kernels
-def load_kernels():
-    """The types of device that the C++/CUDA extension (csrc/) has kernels for; () if it is not installed.
-
-    On a CPU it makes all that `IWSA` does between its two linears one pass over memory, and SSA's attention another; on a
-    GPU `window_partition` and the end of `IWSA`.  Their plain PyTorch form, beside each call, says what the kernels
-    compute, and runs wherever there are none or a layer is not as written.  SCALABLEVIT_KERNELS=0 turns them off.
-    """
-    if os.environ.get("SCALABLEVIT_KERNELS") == "0":
-        return ()
-    try:
-        from scalablevit_kernels import devices
-        return devices
-    except ModuleNotFoundError:
-        return ()
-    except ImportError as error:
-        warnings.warn(f"plain PyTorch is used, since scalablevit_kernels was built for another PyTorch: {error}")
-        return ()
-
-
-KERNELS = load_kernels()
 
 
 # ---------------------------------------------------------------------------- 3.1 Overall architecture
 class PatchEmbed(nn.Module):
     """Convolutional patch embedding (Section 3.1): (B, H, W, C_in) -> (B, ceil(H/stride), ceil(W/stride), C).
 
-    7x7 with stride 4 before the first stage, 3x3 with stride 2 between stages, each followed by LayerNorm.
+    7x7 with stride 4 before the first stage, 3x3 with stride 2 between stages; LayerNorm follows.
     """
 
     def __init__(self, in_dim, dim, kernel_size, stride):
         super().__init__()
-        self.stride = stride
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def out_size(self, H, W):
-        return -(-H // self.stride), -(-W // self.stride)
-
     def forward(self, x):
-        return self.norm(to_tokens(self.conv(to_map(x))))
+        return self.norm(convolve(self.conv, x))
 
 
 # ---------------------------------------------------------------------------- 3.2 Scalable Self-Attention
+def attention(q, k, v, scale, mask=None):
+    """Softmax(Q K^T · scale) V, equation (1) with scale = 1/sqrt(d): q (…, n, d), k (…, m, d), v (…, m, d_v).
+
+    mask (…, n or 1, m) is True where a query may see a key.  Returns (…, n, d_v).
+    """
+    scores = (q * scale) @ k.transpose(-2, -1)                                          # (…, n, m)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v
+
+
 class SSA(nn.Module):
     """Scalable (multi-head) Self-Attention, Section 3.2: every token attends to a map scaled by r_n and r_c.
 
     Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
 
-    (The paper prints f_v(V); its text and code take X.)
-    f_k and f_v share one reduction, a depthwise s x s convolution of stride s = sqrt(1/r_n) and a 1x1 convolution
-    to C' = int(C r_c) channels, LayerNorm and GELU; a linear layer each follows.  A map that s does not divide is
-    padded with zeros right and bottom, so that no token is dropped.  With r_n = 1 there is nothing to reduce: as in
-    the published model, K and V come straight from X, C' = C, and r_c is left in the scale of the softmax alone.
+    Why r_n: neighbouring tokens say much the same, one patch of sky what the next one says.  One key and one value for
+    each cell of s x s tokens, r_n = 1/s², keep attention global at a fraction of its cost.  Deeper stages have fewer
+    and less redundant tokens, so r_n grows to 1.
+    Why r_c: the number of channels in which Q and K compare tokens need not follow from the input.  With more of them,
+    r_c > 1 (S, B), they make up for the detail that cells lose; L has many to begin with and saves cost, r_c < 1.
 
-    Cost of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
-    ratio r_n of Table 1 it is r_n N^2 (C + C'): quadratic in N, with a small constant.
+    f_k and f_v share one reduction, a depthwise s x s convolution of stride s and a 1x1 convolution to C' channels,
+    LayerNorm and GELU; a linear layer each follows.  (The paper prints f_v(V); its text and code take X.)  Zeros right
+    and bottom fill up cells.  With r_n = 1, as published, C' = C and r_c is left in the scale of (2) alone.
+
+    Cost of (2): N N_rn (C + C').  The paper calls this linear in N, as it is for a fixed N_rn; with Table 1's fixed
+    ratio it is r_n N² (C + C'), quadratic with a small constant.
     """
 
     def __init__(self, dim, heads, rc=1.0, rn=1.0):
         super().__init__()
-        s = math.isqrt(round(1 / rn)) if rn > 0 else 0
-        if s < 1 or abs(rn * s * s - 1) > 1e-6:
-            raise ValueError(f"rn must be 1/integer² (1, 1/4, 1/9, 1/16, ...), got {rn}")
-        scaled = dim if s == 1 else int(dim * rc)                                       # C'
-        if scaled < 1 or scaled % heads or dim % heads:
-            raise ValueError(f"heads must divide the channels C and C' = int(C·rc): "
-                             f"got heads={heads}, C={dim}, rc={rc}, C'={scaled}")
-        self.heads, self.s = heads, s
+        self.heads, self.s = heads, round(rn ** -0.5)
         self.scale = (dim * rc / heads) ** -0.5                                         # 1/sqrt(d_k')
-        self.q = Linear(dim, scaled)
-        if s > 1:
-            self.reduce = nn.Sequential(nn.Conv2d(dim, dim, s, stride=s, groups=dim), nn.Conv2d(dim, scaled, 1))
+        scaled = int(dim * rc) if self.s > 1 else dim                                   # C'
+        self.q = nn.Linear(dim, scaled)
+        if self.s > 1:
+            self.reduce = nn.Sequential(nn.Conv2d(dim, dim, self.s, stride=self.s, groups=dim),
+                                        nn.Conv2d(dim, scaled, kernel_size=1))
             self.norm = nn.LayerNorm(scaled)           # the one LayerNorm with PyTorch's eps of 1e-5, as published
-        self.k = Linear(scaled, scaled)
-        self.v = Linear(scaled, dim)
-        self.proj = Linear(dim, dim)
+        self.k = nn.Linear(scaled, scaled)
+        self.v = nn.Linear(scaled, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
         B, H, W, C = x.shape
         reduced = x
         if self.s > 1:
-            reduced = F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s))
-            with torch.autocast("cpu", enabled=False):       # bfloat16's backward takes ten times as long as float32's
-                if x.device.type == "cpu":
-                    reduced = reduced.to(self.q.weight.dtype)
-                reduced = self.reduce[0](to_map(reduced))                               # (B, C, ⌈H/s⌉, ⌈W/s⌉)
-            reduced = to_tokens(self.reduce[1](reduced))                                # (B, ⌈H/s⌉, ⌈W/s⌉, C')
-            reduced = F.gelu(self.norm(reduced))
-        q = self.q(x).flatten(1, 2)                                                     # (B, N, C')
-        k = self.k(reduced).flatten(1, 2)                                               # (B, N_rn, C')
-        v = self.v(reduced).flatten(1, 2)                                               # (B, N_rn, C)
-        return self.proj(self.attend(q, k, v).reshape(B, H, W, C))
-
-    def attend(self, q, k, v):
-        """Equation (2) for each head's share of the channels: (B, N, C)."""
-        if q.device.type == "cpu" and "cpu" in KERNELS:
-            return torch.ops.scalablevit.ssa(q, k, v, self.heads, self.scale)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))     # (B, heads, N or N_rn, …)
-        return attention(q, k, v, self.scale).transpose(1, 2).flatten(2)
-
-    def macs(self, H, W):
-        N, N_rn = H * W, -(-H // self.s) * -(-W // self.s)
-        modules = macs(self.q, N) + macs(self.k, N_rn) + macs(self.v, N_rn) + macs(self.proj, N)
-        if self.s > 1:
-            depthwise_conv, pointwise_conv = self.reduce
-            # Stride = kernel: a token meets one of a filter's s² weights, once.
-            modules += macs(depthwise_conv, N) // self.s ** 2 + macs(pointwise_conv, N_rn)
-        return modules, N * N_rn * (self.k.out_features + self.v.out_features)
+            reduced = convolve(self.reduce, F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s)))
+            reduced = F.gelu(self.norm(reduced))                                        # (B, ⌈H/s⌉, ⌈W/s⌉, C')
+        q, k, v = self.q(x), self.k(reduced), self.v(reduced)                           # (3)
+        q, k, v = (t.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, C'/heads) and
+                   for t in (q, k, v))                                                  # (B, heads, N_rn, …)
+        z = attention(q, k, v, self.scale)                                              # (B, heads, N, C/heads)  (2)
+        return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
 
 
-# ---------------------------------------------------------------------------- 3.3 Interactive Window-based Self-Attention
+# ---------------------------------------------------------------------------- 3.3 Interactive window-based attention
 def window_partition(qkv, heads, M):
-    """Cut (B, H, W, 3C) into M x M windows, zeros beyond the border: (3, B·windows, heads, M², d)."""
-    if qkv.device.type in KERNELS:
-        return torch.ops.scalablevit.window_partition(qkv, heads, M)
-    B, H, W, C = qkv.shape
-    h, w = -(-H // M), -(-W // M)
-    qkv = F.pad(qkv, (0, 0, 0, w * M - W, 0, h * M - H))                                # (B, h·M, w·M, 3C)
-    qkv = qkv.reshape(B, h, M, w, M, 3, heads, C // (3 * heads))
+    """Cut (B, H, W, 3C) into M x M windows, zeros beyond the right and bottom border: (3, B·windows, heads, M², d)."""
+    H, W = qkv.shape[1:3]
+    qkv = F.pad(qkv, (0, 0, 0, -W % M, 0, -H % M))                                      # (B, h·M, w·M, 3C)
+    qkv = qkv.unflatten(3, (3, heads, -1)).unflatten(2, (-1, M)).unflatten(1, (-1, M))  # (B, h, M, w, M, 3, heads, d)
     qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)                                           # (3, B, h, w, heads, M, M, d)
-    return qkv.reshape(3, B * h * w, heads, M * M, C // (3 * heads))
+    return qkv.flatten(5, 6).flatten(1, 3)
 
 
 def window_merge(z, H, W, M):
-    """Put windows (B·windows, heads, M², d) back in place and cut the border off: (B, H, W, C)."""
-    h, w = -(-H // M), -(-W // M)
-    windows, heads, _, d = z.shape
-    z = z.reshape(windows // (h * w), h, w, heads, M, M, d)
+    """Put windows (B·windows, heads, M², d) back in place and cut off what is beyond the border: (B, H, W, C)."""
+    z = z.unflatten(2, (M, M)).unflatten(0, (-1, -(-H // M), -(-W // M)))               # (B, h, w, heads, M, M, d)
     z = z.permute(0, 1, 4, 2, 5, 3, 6)                                                  # (B, h, M, w, M, heads, d)
-    return z.reshape(windows // (h * w), h * M, w * M, heads * d)[:, :H, :W]
-
-
-def window_mask(H, W, M, shift=(0, 0), device=None):
-    """Which query may see which key, (windows, 1, M², M²), or None where every window is full and whole.
-
-    Tokens see each other when they are on the same side of every border that runs through their window: the image's
-    right and bottom edge, beyond which lies padding, and the seam where a shifted map (`SWSA`) wraps around.
-    """
-    if H % M == 0 and W % M == 0 and shift == (0, 0):
-        return None
-
-    def sides(n, s):                         # along one axis: 0 for a token, 1 for padding, 2 for a wrapped-around token
-        i = torch.arange(n + -n % M, device=device).roll(-s)
-        return (i >= n) + 2 * (i < s)
-
-    side = 3 * sides(H, shift[0])[:, None] + sides(W, shift[1])                         # (h·M, w·M)
-    side = side.unflatten(1, (-1, M)).unflatten(0, (-1, M)).transpose(1, 2).flatten(2).flatten(0, 1)  # (windows, M²)
-    return side[:, None, :, None] == side[:, None, None, :]                             # (windows, 1, M², M²)
+    return z.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
 class WSA(nn.Module):
-    """Window-based Self-Attention: every M x M window attends within itself, Z_n of equation (4).
+    """Window-based Self-Attention: every M x M window attends within itself.
 
     Z_n = Softmax(Q_n K_n^T / sqrt(d_k)) V_n                                                (4)
 
     A window that the border cuts attends over its real tokens only, as if that smaller window stood alone.
-    Cost of (4): 2 M² N C, linear in N.
-    The three classes below are this one with one difference each.
+    Cost of (4): 2 M² N C, linear in N.  The three classes below differ from this one in one thing each.
     """
 
     def __init__(self, dim, heads, window=7):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"heads must divide the channels C: got heads={heads}, C={dim}")
         self.heads, self.window = heads, window
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def side(self, H, W):
-        """M, or less where a single smaller window covers the whole map: the same result with less padding."""
-        return min(self.window, max(H, W))
-
-    def shift(self, H, W):
-        return 0, 0
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        return self.proj(self.attend(self.qkv(x), *x.shape[1:3]))
+        return self.proj(self.attend(self.qkv(x)))
 
-    def attend(self, qkv, H, W, shift=(0, 0)):
-        """(B, H, W, 3C) -> (B, H, W, C), where qkv may have been padded beyond the H x W tokens (`SWSA`)."""
-        M = self.side(H, W)
+    def attend(self, qkv, top=0, left=0):
+        """Z (B, H, W, C), the Z_n of (4) merged; of qkv (B, H, W, 3C) `top` rows and `left` columns are padding."""
+        B, H, W, _ = qkv.shape
+        M = min(self.window, max(H, W))                             # not larger than the map
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
-        mask = window_mask(H, W, M, shift, qkv.device)
-        if mask is not None:
-            mask = mask.repeat(qkv.shape[0], 1, 1, 1)                                   # (B·windows, 1, M², M²)
+        mask = None
+        if top or left or H % M or W % M:                           # padding is not to be seen
+            real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))
+            mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                # (B·windows, 1, 1, M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
-        return self.merge(z, v, qkv, M)
-
-    def merge(self, z, v, qkv, M):
-        return window_merge(z, *qkv.shape[1:3], M)
-
-    def macs(self, H, W):
-        def squares(n, s):                   # along one axis, over all windows: the sum of (real tokens in it)²
-            tokens = [min(self.window, max(0, n - s - i * self.window)) for i in range(-(-n // self.window))]
-            tokens[-1] += s                  # those that wrapped around
-            return sum(t * t for t in tokens)
-
-        pairs = math.prod(map(squares, (H, W), self.shift(H, W)))
-        return macs(self.qkv, H * W) + macs(self.proj, H * W), 2 * pairs * self.proj.in_features
+        return window_merge(z, H, W, M)
 
 
 class SWSA(WSA):
-    """WSA on windows that are shifted by half a window (Swin; Table 5(a)): the map is rolled, and rolled back.
+    """WSA on windows that are shifted by half a window, as in Swin (Table 5(a)).
 
-    An axis on which one window spans the whole map is not shifted.
+    Padding at the top and on the left moves the grid of windows, unless one window spans the whole axis.
     """
 
-    def shift(self, H, W):
-        return tuple(self.window // 2 if n > self.window else 0 for n in (H, W))
-
     def forward(self, x):
-        H, W = x.shape[1:3]
-        M, (sh, sw) = self.side(H, W), self.shift(H, W)
-        qkv = F.pad(self.qkv(x), (0, 0, 0, -W % M, 0, -H % M)).roll((-sh, -sw), (1, 2))  # (B, h·M, w·M, 3C)
-        z = self.attend(qkv, H, W, (sh, sw))
-        return self.proj(z.roll((sh, sw), (1, 2))[:, :H, :W])
+        top, left = (-(self.window // 2) % self.window if n > self.window else 0 for n in x.shape[1:3])
+        qkv = F.pad(self.qkv(x), (0, 0, left, 0, top, 0))                               # (B, top + H, left + W, 3C)
+        return self.proj(self.attend(qkv, top, left)[:, top:, left:])
 
 
 class LEM(WSA):
@@ -331,14 +177,13 @@ class LEM(WSA):
         super().__init__(dim, heads, window)
         self.lem = depthwise(dim)
 
-    def merge(self, z, v, qkv, M):
-        v = v.transpose(2, 3).reshape(v.shape[0], qkv.shape[3] // 3, M, M)              # (B·windows, C, M, M)
-        y = self.lem(v).reshape(z.transpose(2, 3).shape).transpose(2, 3)                # (B·windows, heads, M², d)
-        return super().merge(z + y, v, qkv, M)
-
-    def macs(self, H, W):
-        modules, attention = super().macs(H, W)
-        return modules + macs(self.lem, H * W), attention
+    def forward(self, x):
+        _, H, W, C = x.shape
+        M = min(self.window, max(H, W))
+        qkv = self.qkv(x)                                                               # (B, H, W, 3C)
+        v = window_partition(qkv, 1, M)[2].unflatten(2, (M, M)).squeeze(1)              # V_n (B·windows, M, M, C)
+        y = convolve(self.lem, v).flatten(1, 2).unsqueeze(1)                            # (B·windows, 1, M², C)
+        return self.proj(self.attend(qkv) + window_merge(y, H, W, M))
 
 
 class IWSA(WSA):
@@ -346,96 +191,54 @@ class IWSA(WSA):
 
     Z' = Z + F(V)                                                                           (5)
 
-    F, a depthwise convolution, is applied to the re-merged value map V, so that it links neighbouring windows; it
-    pads with zeros at the image's border only.
+    F, a depthwise convolution of the re-merged value map V, links neighbouring windows; it pads the map's border alone.
     """
 
     def __init__(self, dim, heads, window=7):
         super().__init__(dim, heads, window)
         self.lim = depthwise(dim)
 
-    def fusible(self):
-        """Whether the kernels compute what this class does: nothing is overridden, and F is as `depthwise` makes it."""
-        f = self.lim
-        return (type(self) is IWSA and "merge" not in vars(self) and as_written(f, nn.Conv2d) and f.bias is not None
-                and f.stride == f.dilation == (1, 1) and f.padding == (f.kernel_size[0] // 2,) * 2
-                and f.groups == f.in_channels and f.padding_mode == "zeros")
-
-    def attend(self, qkv, H, W, shift=(0, 0)):
-        if qkv.device.type == "cpu" and "cpu" in KERNELS and self.fusible():
-            # All of it in one pass; nothing is padded, nothing masked.
-            return torch.ops.scalablevit.iwsa(qkv, self.lim.weight, self.lim.bias, self.heads, self.side(H, W))
-        return super().attend(qkv, H, W, shift)
-
-    def merge(self, z, v, qkv, M):
-        if qkv.device.type in KERNELS and self.fusible():
-            return torch.ops.scalablevit.window_merge_lim(z, qkv, self.lim.weight, self.lim.bias, M)
-        value_map = qkv.chunk(3, dim=-1)[2]                                             # V (B, H, W, C)
-        return super().merge(z, v, qkv, M) + to_tokens(self.lim(to_map(value_map)))        # (5)
-
-    def macs(self, H, W):
-        modules, attention = super().macs(H, W)
-        return modules + macs(self.lim, H * W), attention
+    def forward(self, x):
+        qkv = self.qkv(x)                                                               # (B, H, W, 3C)
+        v = qkv.chunk(3, dim=-1)[2]                                                     # V (B, H, W, C), not yet cut
+        return self.proj(self.attend(qkv) + convolve(self.lim, v))                      # (5)
 
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position encoding generator (Section 3.4): x + depthwise 3x3 convolution, whose zero padding tells positions.
-
-    The paper speaks of fixed weights; the published models have learned ones, and so has this.
-    """
+    """Position encoding generator (Section 3.4): x + depthwise convolution, whose zero padding tells positions."""
 
     def __init__(self, dim):
         super().__init__()
-        self.conv = depthwise(dim)
+        self.conv = depthwise(dim)              # learned, as published; the paper speaks of fixed weights
 
     def forward(self, x):
-        return x + to_tokens(self.conv(to_map(x)))
+        return x + convolve(self.conv, x)
 
 
-# ---------------------------------------------------------------------------- 3.5 Architecture
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a sample's residual branch is left out with probability p."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - self.p)
-        return x * (keep / (1 - self.p))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(linear_gelu(self.fc1, x))
-
-
+# ---------------------------------------------------------------------------- 3.5 Architecture variants
 class Block(nn.Module):
     """A pre-norm Transformer block around one of the attentions above: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, attn, dim, mlp_ratio, drop_path):
+    def __init__(self, attn, dim, mlp_ratio, drop_path_rate):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim)))
+        self.drop_path_rate = drop_path_rate
+
+    def drop_path(self, x):
+        """Stochastic depth: in training, a sample's residual branch is left out with probability drop_path_rate."""
+        if not self.training or self.drop_path_rate == 0:
+            return x
+        keep = 1 - self.drop_path_rate
+        return x * (x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep) / keep)
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def macs(self, H, W):
-        modules, attention = self.attn.macs(H, W)
-        return modules + macs(self.mlp.fc1, H * W) + macs(self.mlp.fc2, H * W), attention
 
 
 class Stage(nn.Module):
@@ -451,73 +254,38 @@ class Stage(nn.Module):
     def forward(self, x):
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
             if i == 0 and self.peg is not None:
                 x = self.peg(x)
         return x
-
-    def macs(self, H, W):
-        """Of this stage for H x W tokens after its patch embedding."""
-        counts = [block.macs(H, W) for block in self.blocks]
-        modules = macs(self.embed.conv, H * W) + sum(m for m, _ in counts)
-        if self.peg is not None:
-            modules += macs(self.peg.conv, H * W)
-        return modules, sum(a for _, a in counts)
 
 
 ATTENTION = {"wsa": WSA, "swsa": SWSA, "lem": LEM, "iwsa": IWSA, "ssa": SSA}
 
 
 class ScalableViT(nn.Module):
-    """The network (Section 3.5, Table 1; the defaults are ScalableViT-S).
+    """The network (Section 3.5, Table 1): images (B, in_chans, H, W) of any size -> logits (B, num_classes).
 
-    Images (B, in_chans, H, W) of any size from 1x1 on -> logits (B, num_classes).
-
-    in_chans        channels of an image
     num_classes     0: no classifier, the pooled features (B, C of the last stage) come out
     dim             channels C of the first stage; they double from stage to stage
-    depths, heads, rc, rn   one entry per stage, as in Table 1: blocks, heads, and SSA's two scales (r_n is 1/integer²)
-    window          M, the side of a window in tokens
-    mlp_ratio       hidden channels of the MLP over C
+    depths, heads, rc, rn   one entry per stage, as in Table 1: blocks, heads, and SSA's two scales
+    window, mlp_ratio       M, the side of a window in tokens; hidden channels of the MLP over C
     drop_path_rate  stochastic depth, rising linearly from 0 at the first block to this at the last
     peg             whether a PEG follows the first block of each stage (Table 5(b))
-    pattern         two kinds of attention, taken in turn over the blocks of a stage: "wsa", "swsa", "lem", "iwsa" or
-                    "ssa".  With `peg` and `rc` it spans Tables 5(a), 5(b) and 7.
+    pattern         two kinds of attention that take turns over a stage; with `peg` and `rc`: Tables 5(a), 5(b), 7
     head_hidden     width of the two-layer head that the published models have; None: a single linear layer
 
-    Raises ValueError for an argument or an image that does not fit, saying what was given and what is accepted.
+    ScalableViT(**model.config) builds the same network anew.  Raises ValueError: see `check_arguments`.
     """
 
     def __init__(self, in_chans=3, num_classes=1000, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16),
                  rc=(1.25, 1.25, 1.25, 1.0), rn=(1 / 64, 1 / 16, 1 / 4, 1), window=7, mlp_ratio=4.0,
                  drop_path_rate=0.0, peg=True, pattern=("iwsa", "ssa"), head_hidden=4096):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.config = config                                         # ScalableViT(**model.config) is its like
-        per_stage = {"depths": depths, "heads": heads, "rc": rc, "rn": rn}
-        if not all(isinstance(value, (list, tuple)) and len(value) == len(depths) > 0 for value in per_stage.values()):
-            raise ValueError("depths, heads, rc and rn must be lists with one entry per stage each, got "
-                             + ", ".join(f"{name}={value!r}" for name, value in per_stage.items()))
-        if not isinstance(pattern, (list, tuple)) or len(pattern) != 2 or not all(kind in [*ATTENTION] for kind in pattern):
-            raise ValueError(f"pattern must be two of {', '.join(ATTENTION)}, got {pattern!r}")
-        integers = {"in_chans": [in_chans], "dim": [dim], "window": [window], "depths": depths, "heads": heads,
-                    "head_hidden": [1 if head_hidden is None else head_hidden]}
-        for name, value in [(name, value) for name, values in integers.items() for value in values]:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer and at least 1, got {value!r}")
-        numbers = {"rc": rc, "rn": rn, "mlp_ratio": [mlp_ratio]}
-        for name, value in [(name, value) for name, values in numbers.items() for value in values]:
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number{' (rn: 1/integer²)' * (name == 'rn')}, got {value!r}")
-        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be a number in [0, 1), got {drop_path_rate!r}")
-
-        self.in_chans, self.head_hidden = in_chans, head_hidden
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(**self.config)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()     # one for each block
         self.stages = nn.ModuleList()
-        before = 0                                                   # blocks in the stages before this one
         for i, depth in enumerate(depths):
             C = dim * 2 ** i
             embed = PatchEmbed(in_chans, C, 7, 4) if i == 0 else PatchEmbed(C // 2, C, 3, 2)
@@ -525,10 +293,8 @@ class ScalableViT(nn.Module):
             for j in range(depth):
                 kind = pattern[j % 2]
                 attn = SSA(C, heads[i], rc[i], rn[i]) if kind == "ssa" else ATTENTION[kind](C, heads[i], window)
-                drop_path = drop_path_rate * (before + j) / max(sum(depths) - 1, 1)
-                blocks.append(Block(attn, C, mlp_ratio, drop_path))
+                blocks.append(Block(attn, C, mlp_ratio, rates.pop(0)))
             self.stages.append(Stage(embed, blocks, PEG(C) if peg else None))
-            before += depth
         self.num_features = C
         self.norm = nn.LayerNorm(C, eps=1e-6)
         self.apply(init_weights)
@@ -536,10 +302,7 @@ class ScalableViT(nn.Module):
 
     def reset_classifier(self, num_classes):
         """Put a freshly initialised head of the same form in place, for num_classes classes (0: none)."""
-        if not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an integer, 0 (no classifier) or more, got {num_classes!r}")
-        self.num_classes, C, hidden = num_classes, self.num_features, self.head_hidden
-        self.config["num_classes"] = num_classes
+        C, hidden = self.num_features, self.config["head_hidden"]
         if num_classes == 0:
             self.head = nn.Identity()
         elif hidden is None:
@@ -548,20 +311,18 @@ class ScalableViT(nn.Module):
             self.head = nn.Sequential(nn.Linear(C, hidden), nn.LayerNorm(hidden, eps=1e-6), nn.GELU(),
                                       nn.Linear(hidden, num_classes))
         self.head.to(self.norm.weight.device, self.norm.weight.dtype).apply(init_weights)
+        self.num_classes = self.config["num_classes"] = num_classes
 
     def forward_features(self, images):
         """Images (B, in_chans, H, W) -> one map per stage, (B, C_i, ⌈H/s⌉, ⌈W/s⌉) with s = 4, 8, 16, 32."""
-        if images.ndim != 4 or images.shape[1] != self.in_chans or min(images.shape[2:]) < 1:
-            raise ValueError(f"images must have shape (B, {self.in_chans}, H, W), H and W at least 1, "
-                             f"got {tuple(images.shape)}")
-        x, maps = to_tokens(images), []                                                 # (B, H, W, in_chans)
+        x, maps = images.permute(0, 2, 3, 1), []                                        # (B, H, W, in_chans)
         for stage in self.stages:
             x = stage(x)                                                                # (B, H_i, W_i, C_i)
-            maps.append(to_map(x))
+            maps.append(x.permute(0, 3, 1, 2))
         return maps
 
     def forward(self, images):
-        x = to_tokens(self.forward_features(images)[-1])                                # (B, H_4, W_4, C_4)
+        x = self.forward_features(images)[-1].permute(0, 2, 3, 1)                       # (B, H_4, W_4, C_4)
         return self.head(self.norm(x).mean(dim=(1, 2)))                                 # (B, num_classes)
 
     def no_weight_decay(self):
@@ -574,35 +335,41 @@ class ScalableViT(nn.Module):
             stage.grad_checkpointing = enable
 
 
+def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern, **_):
+    """Raises ValueError for what would build another network than was meant, without a word from PyTorch."""
+    if not len(depths) == len(heads) == len(rc) == len(rn) > 0:
+        raise ValueError(f"depths, heads, rc, rn must have one entry per stage, got {depths=}, {heads=}, {rc=}, {rn=}")
+    if len(pattern) != 2 or not {*pattern} <= {*ATTENTION}:
+        raise ValueError(f"pattern must be two of {', '.join(ATTENTION)}, got {pattern!r}")
+    if min(dim, window, *depths, *heads) < 1:
+        raise ValueError(f"dim, window, depths, heads must be at least 1, got {dim=}, {window=}, {depths=}, {heads=}")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
+    for i, (h, c, n) in enumerate(zip(heads, rc, rn)):
+        if not 0 < n <= 1 or abs(round(n ** -0.5) ** 2 * n - 1) > 1e-6:
+            raise ValueError(f"rn must be 1/integer² (1, 1/4, 1/9, 1/16, ...), got {n}")
+        C, scaled = dim * 2 ** i, int(dim * 2 ** i * c)                                 # C'
+        if C % h or "ssa" in pattern and n < 1 and (scaled < 1 or scaled % h):
+            raise ValueError(f"heads must divide C and C' = int(C·rc), got heads={h}, C={C}, rc={c}, C'={scaled}")
+
+
 def init_weights(module):
     """The published initialisation; LayerNorm keeps PyTorch's 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         nn.init.zeros_(module.bias)
 
 
-def scalablevit_tiny(**kwargs):
-    """Not in the paper: a small one for laptops and lessons, good at 64 to 112 pixels."""
-    return ScalableViT(**dict(dim=24, depths=(2, 2, 4, 2), heads=(1, 2, 4, 8), head_hidden=None) | kwargs)
-
-
-def scalablevit_s(**kwargs):
-    """ScalableViT-S (Table 1); any argument of `ScalableViT` can be overridden."""
-    return ScalableViT(**dict(dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16), rc=(1.25, 1.25, 1.25, 1.0)) | kwargs)
-
-
-def scalablevit_b(**kwargs):
-    """ScalableViT-B (Table 1); any argument of `ScalableViT` can be overridden."""
-    return ScalableViT(**dict(dim=96, depths=(2, 2, 14, 6), heads=(3, 6, 12, 24), rc=(2.0, 1.25, 1.25, 1.0)) | kwargs)
-
-
-def scalablevit_l(**kwargs):
-    """ScalableViT-L (Table 1); any argument of `ScalableViT` can be overridden."""
-    return ScalableViT(**dict(dim=128, depths=(2, 6, 12, 4), heads=(4, 8, 16, 32), rc=(0.25, 0.5, 1.0, 1.0)) | kwargs)
+# Table 1.  They take every argument of `ScalableViT`: scalablevit_s(num_classes=10).
+scalablevit_s = partial(ScalableViT, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16), rc=(1.25, 1.25, 1.25, 1.0))
+scalablevit_b = partial(ScalableViT, dim=96, depths=(2, 2, 14, 6), heads=(3, 6, 12, 24), rc=(2.0, 1.25, 1.25, 1.0))
+scalablevit_l = partial(ScalableViT, dim=128, depths=(2, 6, 12, 4), heads=(4, 8, 16, 32), rc=(0.25, 0.5, 1.0, 1.0))
+# Not in the paper: a small one for laptops and lessons, good at 64 to 112 pixels.
+scalablevit_tiny = partial(ScalableViT, dim=24, depths=(2, 2, 4, 2), heads=(1, 2, 4, 8), head_hidden=None)
 
 
 # ---------------------------------------------------------------------------- Published weights
@@ -620,87 +387,63 @@ OFFICIAL_NAMES = [  # (published name, name here) without the closing .weight or
 
 
 def convert_official(state_dict):
-    """A published model's state dict under the names used here, for `load_state_dict`.
+    """A published model's state dict, with either head, under the names used here; `kv` becomes `k` and `v`.
 
-    Takes both head forms; where r_n = 1, the published layer `kv` becomes `k` and `v`.
     Raises ValueError for a name that the published models do not have.
     """
     converted = {}
     for key, tensor in state_dict.items():
-        layer, _, parameter = str(key).rpartition(".")
-        for theirs, ours in OFFICIAL_NAMES:
-            match = re.fullmatch(theirs, layer)
-            if match and parameter in ("weight", "bias"):
-                name = match.expand(ours)
-                break
-        else:
+        layer, _, parameter = key.rpartition(".")
+        names = [re.sub(theirs, ours, layer) for theirs, ours in OFFICIAL_NAMES if re.fullmatch(theirs, layer)]
+        if not names or parameter not in ("weight", "bias"):
             raise ValueError(f"{key!r} is not a parameter of a published ScalableViT")
-        if name.endswith(".kv"):
-            converted[f"{name[:-2]}k.{parameter}"], converted[f"{name[:-2]}v.{parameter}"] = tensor.chunk(2)
+        if names[0].endswith(".kv"):
+            k, v = tensor.chunk(2)
+            converted |= {f"{names[0][:-2]}k.{parameter}": k, f"{names[0][:-2]}v.{parameter}": v}
         else:
-            converted[f"{name}.{parameter}"] = tensor
+            converted[f"{names[0]}.{parameter}"] = tensor
     return converted
 
 
 def official_kwargs(state_dict):
-    """The arguments beside those of Table 1 that a published state dict asks for: of the two heads there are.
+    """What a published model was built with besides Table 1.
 
-    S, B and L were published with the two-layer head, which is the default here; and S once more with a plain one, and
-    with r_c = 1.25 in all four stages.
+    S, B and L have the two-layer head, the default here.  One more S (`small_0` in their code) has the plain head, and
+    r_c = 1.25 in all four stages.
     """
     return dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25)) if "head.weight" in state_dict else {}
 
 
 # ---------------------------------------------------------------------------- Cost
 def count_macs(model, size):
-    """Multiply-accumulates of one image of `size` (H, W), in closed form: nothing is run.
+    """Multiply-accumulates of one image of `size` (H, W), counted by PyTorch without computing anything.
 
-    Raises ValueError for a size that is not two positive integers.
-    Returns {"modules": convolutions and linear layers, which is what the paper calls FLOPs,
-             "attention": the products Q K^T and A V, which the paper leaves out}.
-    Windows and reductions that the border cuts count their real tokens, not padding.
+    {"modules": convolutions and linear layers, the paper's FLOPs; "attention": Q K^T and A V, which it leaves out}.
+    What is computed is counted: where the border cuts a window or a cell of SSA's, the padding too.
     """
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"size must be two positive integers (H, W), got {size!r}")
-    modules, attention = 0, 0
-    for stage in model.stages:
-        size = stage.embed.out_size(*size)
-        m, a = stage.macs(*size)
-        modules, attention = modules + m, attention + a
-    modules += sum(macs(layer, 1) for layer in model.head.modules() if isinstance(layer, nn.Linear))
-    return {"modules": modules, "attention": attention}
+    meta = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    image = torch.empty(1, model.config["in_chans"], *size, device="meta", dtype=model.norm.weight.dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model, meta, image)
+    flops = counter.get_flop_counts()["Global"]                     # two for each multiply-accumulate
+    attention = flops.pop(torch.ops.aten.bmm, 0)
+    return {"modules": sum(flops.values()) // 2, "attention": attention // 2}
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Shapes, parameters and cost of the ScalableViT models.")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(224, 224), help="of an image, in pixels")
+    parser = argparse.ArgumentParser(description="Parameters and cost of the ScalableViT models.")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(224, 224), help="of an image")
     H, W = parser.parse_args().size
     if min(H, W) < 1:
         parser.error(f"--size takes two positive integers, got {H} {W}")
-    table2 = {"tiny": "not in the paper", "s": "32M, 4.2G", "b": "81M, 8.6G", "l": "104M, 14.7G"}
-    for name, paper in table2.items():
+    print(f"{f'image of {H}x{W}':18}{'parameters':>12}{'MACs':>11}{'with QK^T, AV':>16}{'Table 2, at 224x224':>22}")
+    for build, name, table2 in ((scalablevit_tiny, "tiny", "-"), (scalablevit_s, "s", "32M, 4.2G"),
+                                (scalablevit_b, "b", "81M, 8.6G"), (scalablevit_l, "l", "104M, 14.7G")):
         with torch.device("meta"):                                                      # shapes without memory
-            model = globals()[f"scalablevit_{name}"]()
-        print(f"{f'scalablevit_{name} at {H}x{W}':<24}{'output':>16}{'parameters':>14}"
-              f"{'modules':>12}{'QK^T, AV':>12}{'together':>12}   (MACs)")
-        size, rows = (H, W), []
-        for i, stage in enumerate(model.stages):
-            size = stage.embed.out_size(*size)
-            shape = f"{stage.embed.conv.out_channels} x {size[0]} x {size[1]}"
-            rows.append((f"stage {i + 1}", shape, sum(p.numel() for p in stage.parameters()), *stage.macs(*size)))
-        total = count_macs(model, (H, W))
-        parameters = sum(p.numel() for p in model.parameters())
-        rows.append(("norm, head", f"{model.num_classes}", parameters - sum(row[2] for row in rows),
-                     total["modules"] - sum(row[3] for row in rows), 0))
-        rows.append(("in all", "", parameters, total["modules"], total["attention"]))
-        for label, shape, params, modules, attended in rows:
-            print(f"  {label:<22}{shape:>16}{params:>14,}{modules / 1e9:>11.3f}G{attended / 1e9:>11.3f}G"
-                  f"{(modules + attended) / 1e9:>11.3f}G")
-        print(f"  paper, Table 2 at 224x224: {paper}\n")
-    print("The paper's FLOPs are the multiply-accumulates of convolutions and linear layers (modules).  They leave out the\n"
-          "two matrix products of attention, QK^T and AV, as well as norms, activations and additions.  For B and L that\n"
-          "gives Table 2's figures; for S it gives 4.09G where Table 2 has 4.2G.  Of L, Table 2 prints 104M parameters; the\n"
-          f"published code, and so this one, has 109.3M.\nkernels: {', '.join(KERNELS) or 'none, plain PyTorch'}")
+            model = build()
+        cost = count_macs(model, (H, W))
+        print(f"{f'scalablevit_{name}':18}{sum(p.numel() for p in model.parameters()):>12,}"
+              f"{cost['modules'] / 1e9:>10.3f}G{sum(cost.values()) / 1e9:>15.3f}G{table2:>22}")
 
 
 if __name__ == "__main__":
