@@ -39,7 +39,7 @@ def extension():
         print("scalablevit: kernels for the CPU only: FORCE_CUDA=1 needs a CUDA build of PyTorch and a CUDA toolkit",
               file=sys.stderr)
     openmp = ["-fopenmp"] if sys.platform == "linux" else []       # what at::parallel_for runs on
-    sources = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/attention.cpp"] + (["csrc/cuda.cu"] if cuda else [])
+    sources = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/iwsa.cpp"] + (["csrc/cuda.cu"] if cuda else [])
     module = (CUDAExtension if cuda else CppExtension)(
         "scalablevit_kernels._C", sources, depends=glob.glob("csrc/*.h"),
         define_macros=[("WITH_CUDA", None)] if cuda else [],
