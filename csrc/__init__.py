@@ -4,29 +4,38 @@
     model = fuse(scalablevit_s())       # the same parameters, the same state dict; IWSA runs in one pass over memory
     model = unfuse(model)               # as it was
 
-scalablevit.py knows nothing of this package.  `fuse` gives a layer a subclass of its class that overrides `forward`, and
-does so only where the layer computes what the kernels compute.
+scalablevit.py knows nothing of this package.  `fuse` gives a layer a subclass of its own class that overrides `forward`,
+and does so only where the kernels compute what the layer does.
 """
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
-from scalablevit import IWSA
+from scalablevit import IWSA, PEG, SSA
 
-from . import ops  # noqa: F401  (registers torch.ops.scalablevit)
+from . import ops  # noqa: F401  (defines torch.ops.scalablevit)
 from ._C import devices  # the types of device that there are kernels for
+
+LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer and activation, which has no gradient
+register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])
+
+
+def has_hooks(layer):
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+                or "forward" in vars(layer))
 
 
 def is_plain_lim(lim):
     """Whether LIM is a depthwise convolution as `scalablevit.depthwise` makes it, with nothing attached to it."""
-    hooks = type(lim) is nn.Conv2d and (lim._forward_hooks or lim._forward_pre_hooks or lim._backward_hooks or
-                                        lim._backward_pre_hooks or "forward" in vars(lim))
-    return (type(lim) is nn.Conv2d and not hooks and lim.bias is not None and lim.padding_mode == "zeros"
-            and lim.stride == lim.dilation == (1, 1) and lim.kernel_size[0] % 2 == 1
-            and lim.padding == (lim.kernel_size[0] // 2,) * 2 and lim.kernel_size[0] == lim.kernel_size[1]
-            and lim.groups == lim.in_channels == lim.out_channels)
+    if type(lim) is not nn.Conv2d or has_hooks(lim) or lim.bias is None:
+        return False
+    k, C = lim.kernel_size[0], lim.in_channels
+    own = (lim.kernel_size, lim.padding, lim.stride, lim.dilation, lim.padding_mode, lim.groups, lim.out_channels)
+    return k % 2 == 1 and own == ((k, k), (k // 2, k // 2), (1, 1), (1, 1), "zeros", C, C)
 
 
 class FusedIWSA(IWSA):
@@ -35,81 +44,107 @@ class FusedIWSA(IWSA):
     def forward(self, x):
         if x.device.type not in devices or not is_plain_lim(self.lim):
             return super().forward(x)
-        qkv, lim = self.qkv(x), self.lim                                                # (B, H, W, 3C)
+        scalablevit, lim, qkv = torch.ops.scalablevit, self.lim, self.qkv(x)            # (B, H, W, 3C)
         H, W = qkv.shape[1:3]
         M = min(self.window, max(H, W))
         if x.device.type == "cpu":
-            return self.proj(torch.ops.scalablevit.iwsa(qkv, lim.weight, lim.bias, self.heads, M))
-        q, k, v = torch.ops.scalablevit.window_partition(qkv, self.heads, M)            # (B·windows, heads, M², d) each
+            return self.proj(scalablevit.iwsa(qkv, lim.weight, lim.bias, self.heads, M))
+        q, k, v = scalablevit.window_partition(qkv, self.heads, M)                      # (B·windows, heads, M², d)
         real = None
         if H % M or W % M:                                                              # (B·windows, 1, 1, M²)
-            real = torch.ops.scalablevit.window_partition(torch.ones_like(qkv[..., :3]), 1, M)[0].transpose(-2, -1) > 0
+            real = scalablevit.window_partition(torch.ones_like(qkv[..., :3]), 1, M)[0].transpose(-2, -1) > 0
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=real)
-        return self.proj(torch.ops.scalablevit.window_merge_lim(z, qkv, lim.weight, lim.bias, M))
+        return self.proj(scalablevit.window_merge_lim(z, qkv, lim.weight, lim.bias, M))
+
+
+def takes_onednn(x, layer):
+    """Whether oneDNN's linear layer can compute this one: inference on a CPU."""
+    eager = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+                 or torch.jit.is_tracing())
+    return (eager and x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
+            and x.shape[-1] == layer.in_features)
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer; for many tokens on a CPU the 1x1 convolution that it is, which is faster there.
-
-    PyTorch gives convolutions to oneDNN, which rearranges the weight in every call: that pays from some tokens on.
-    """
+    """A linear layer by oneDNN."""
 
     def forward(self, x):
-        many = x.ndim == 4 and x.device.type == "cpu" and (
-            torch.compiler.is_compiling() or x.shape[:3].numel() >= self.in_features + self.out_features)
-        if not many or x.dtype not in (torch.float32, torch.bfloat16):
+        return LINEAR(x, self.weight, self.bias, "none", [], "none") if takes_onednn(x, self) else super().forward(x)
+
+
+class FusedMLP(nn.Sequential):
+    """fc1, GELU and fc2, where oneDNN applies the GELU on the fly."""
+
+    def forward(self, x):
+        fc1, gelu, fc2 = self
+        plain = type(fc1) is FusedLinear and type(gelu) is nn.GELU and gelu.approximate == "none"
+        if not plain or has_hooks(fc1) or has_hooks(gelu) or not takes_onednn(x, fc1):
             return super().forward(x)
-        return F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+        return fc2(LINEAR(x, fc1.weight, fc1.bias, "gelu", [], "none"))
+
+
+class FusedDepthwise(nn.Conv2d):
+    """A depthwise convolution, in float32 under autocast on a CPU, where bfloat16's backward takes ten times as long."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def computes_the_same(layer):
-    """Whether the kernels compute what the layer does, whose text or parts a reader may have changed.
+    """Whether the kernels compute what this IWSA does, whose text or parts a reader may have changed.
 
-    Both are tried on a small map of several windows, cut ones among them, in float64 on a CPU, with random weights and in
-    both modes; gradients too.
+    Both are tried in float64 on a map of whole and cut windows, with random weights, in both modes, gradients too.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
     layer = copy.deepcopy(layer).to("cpu", torch.float64)
-    for module in layer.modules():
-        module._forward_hooks.clear(), module._forward_pre_hooks.clear()                # a probe is not for them to see
-        module._backward_hooks.clear(), module._backward_pre_hooks.clear()
+    for module in layer.modules():                                  # a probe is not for hooks to see
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks):
+            hooks.clear()
     for p in layer.parameters():
-        p.data = random(*p.shape) / max(p[0].numel(), 1) ** 0.5
+        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p[0].numel(), 1) ** 0.5
         p.requires_grad_()
     M = min(layer.window, 7)
-    x = random(2, M + 2, 2 * M + 1, layer.proj.in_features).requires_grad_()
+    x = torch.randn(2, M + 2, 2 * M + 1, layer.proj.in_features, generator=generator, dtype=torch.float64)
+    inputs = [x.requires_grad_(), *layer.parameters()]
 
     def results(cls):
         layer.__class__, seen = cls, []
         for mode in (True, False):
             out = layer.train(mode)(x)
-            seen += [out, *torch.autograd.grad(out, [x, *layer.parameters()], torch.ones_like(out) + out.detach())]
+            seen += [out, *torch.autograd.grad(out.square().sum(), inputs)]
         return seen
 
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
-        return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(results(type(layer)), results(FusedIWSA)))
+        return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(results(IWSA), results(FusedIWSA)))
 
 
 def fuse(model):
-    """Let `model` run on the kernels, in place.  What is left alone is said in one line, with the reason."""
+    """Let `model` run on the kernels, in place.  Which IWSA is left alone is said in one line, and why."""
     alone = {}
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
             layer.__class__ = FusedLinear
-        if not any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) or type(layer) is FusedIWSA:
-            continue
-        if type(layer) is not IWSA:
-            alone.setdefault(f"a {type(layer).__module__}.{type(layer).__name__}, not scalablevit.IWSA", []).append(name)
-        elif not is_plain_lim(layer.lim):
-            alone.setdefault("its LIM is no plain depthwise convolution", []).append(name)
-        elif not computes_the_same(layer):
-            alone.setdefault("it computes something else than the kernels do", []).append(name)
-        else:
-            layer.__class__ = FusedIWSA
+        elif type(layer) is nn.Sequential and [type(own) for own in layer] == [nn.Linear, nn.GELU, nn.Linear]:
+            layer.__class__ = FusedMLP
+        elif type(layer) in (SSA, PEG):
+            for conv in layer.modules():
+                if type(conv) is nn.Conv2d and conv.groups == conv.in_channels:
+                    conv.__class__ = FusedDepthwise
+        elif any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) and type(layer) is not FusedIWSA:
+            if type(layer) is not IWSA:
+                reason = f"{type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA itself"
+            elif not is_plain_lim(layer.lim):
+                reason = "its LIM is no plain depthwise convolution"
+            elif not computes_the_same(layer):
+                reason = "it computes something else than the kernels do"
+            else:
+                layer.__class__ = FusedIWSA
+                continue
+            alone.setdefault(reason, []).append(name)
     if alone:
         print("fuse left alone: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in alone.items()))
     return model
@@ -118,6 +153,6 @@ def fuse(model):
 def unfuse(model):
     """Undo `fuse`, in place."""
     for layer in model.modules():
-        if type(layer) in (FusedIWSA, FusedLinear):
+        if type(layer) in (FusedIWSA, FusedLinear, FusedMLP, FusedDepthwise):
             layer.__class__ = type(layer).__base__
     return model

@@ -24,48 +24,47 @@ void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows
 
 namespace {
 
+// d channels of n tokens, `from_row` and `to_row` apart.
+template <class From, class To>
+INLINED inline void copy_tokens(int64_t n, int64_t d, const From* from, int64_t from_row, To* to, int64_t to_row) {
+  for (int64_t i = 0; i < n; ++i)
+    for_blocks(d, [&](auto L, int64_t j) INLINED { store<L>(to + i * to_row + j, load<L>(from + i * from_row + j)); });
+}
+
 template <class T>
-VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v,
-                             const Sum<T>* taps, const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
+VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v, const Sum<T>* taps,
+                             const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
+  const int64_t C = g.channels(), d = g.d;
+  std::vector<Sum<T>> sum(g.M * d);
   for (int64_t s = begin; s < end; ++s) {
     const Strip t = g.strip(s);
-    for (int64_t i = 0; i < t.tokens; ++i)
-      for (int64_t head = 0; head < g.heads; ++head)
-        for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
-          const int64_t c = head * g.d + j;
-          const auto own = load<lanes>(z + z_strides.at(t, head, i) + j);
-          store<lanes>(out + g.token(t.b, t.y, t.x + i) * g.channels() + c,
-                       own + lim<lanes>(g, t.b, t.y, t.x + i, c, k, v, taps, bias));
-        });
+    for (int64_t head = 0; head < g.heads; ++head) {
+      copy_tokens(t.tokens, d, z + z_strides.at(t, head, 0), z_strides.position, sum.data(), d);
+      add_lim(g, t, head, k, v, taps, bias, sum.data(), d);
+      copy_tokens(t.tokens, d, sum.data(), d, out + g.token(t.b, t.y, t.x) * C + head * d, C);
+    }
   }
 }
 
-// Windows begin .. end: dz and dqkv, and their part of the weight's gradient.
+// Strips begin .. end: dz and dqkv, and their part of the weight's gradient.
 template <class T>
 VECTORISED void merge_backward(const Windows& g, int64_t k, const T* grad, const T* v, const Sum<T>* taps, T* dz,
                                T* dqkv, Sum<T>* sums, int64_t begin, int64_t end) {
-  const int64_t C = g.channels();
-  for (int64_t window = begin; window < end; ++window)
-    for (int64_t y = 0; y < g.M; ++y) {
-      const Strip t = g.strip(g.first_strip(window) + y * g.w);
-      for (int64_t i = 0; i < g.M; ++i) {
-        const int64_t token = g.token(t.b, t.y, t.x + i);
-        if (i < t.tokens) std::fill_n(dqkv + token * 3 * C, 2 * C, T(0));  // LIM has no part in those of Q and K
-        for (int64_t head = 0; head < g.heads; ++head) {
-          T* own = dz + g.group(0, window, head, t.position + i) * g.d;
-          if (i >= t.tokens) {
-            std::fill_n(own, g.d, T(0));
-            continue;
-          }
-          std::copy_n(grad + token * C + head * g.d, g.d, own);
-          for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
-            const int64_t c = head * g.d + j;
-            store<lanes>(dqkv + (token * 3 + 2) * C + c,
-                         lim_backward<lanes>(g, t.b, t.y, t.x + i, c, k, grad, v, taps, sums));
-          });
-        }
-      }
+  const int64_t C = g.channels(), d = g.d;
+  std::vector<Sum<T>> dv(g.M * d);
+  for (int64_t s = begin; s < end; ++s) {
+    const Strip t = g.strip(s);
+    const int64_t token = g.token(t.b, t.y, t.x);
+    for (int64_t i = 0; i < t.tokens; ++i) std::fill_n(dqkv + (token + i) * 3 * C, 2 * C, T(0));  // of Q and K: none
+    for (int64_t head = 0; head < g.heads; ++head) {
+      T* own = dz + g.group(0, t.window, head, t.position) * d;
+      copy_tokens(t.tokens, d, grad + token * C + head * d, C, own, d);
+      std::fill_n(own + t.tokens * d, (g.M - t.tokens) * d, T(0));
+      std::fill(dv.begin(), dv.end(), Sum<T>(0));
+      add_lim_backward(g, t, head, k, grad, v, taps, sums, dv.data(), d);
+      copy_tokens(t.tokens, d, dv.data(), d, dqkv + (token * 3 + 2) * C + head * d, 3 * C);
     }
+  }
 }
 
 }  // namespace
@@ -85,7 +84,7 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
                              const void* taps, void* dz, void* dqkv, void* dweight, void* dbias) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    sum_in_parts(g, k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
+    sum_in_parts(g.strips(), g.channels(), k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
       merge_backward(g, k, (const T*)grad, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)taps, (T*)dz, (T*)dqkv,
                      sums, begin, end);
     });

@@ -1,4 +1,4 @@
-// What the kernels on the CPU share: numbers in vector registers, and LIM at one token.
+// What the kernels on the CPU share: numbers in vector registers, and LIM.
 #pragma once
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
@@ -69,47 +69,64 @@ INLINED inline void for_blocks(int64_t d, F f) {
   for (; j < d; ++j) f(std::integral_constant<int, 1>(), j);
 }
 
-// F(V) of equation (5) at token (b, y, x), L channels from c on.  v points at V in (B, H, W, 3C), taps is (k², C).
-template <int L, class T>
-INLINED inline Vec<Sum<T>, L> lim(const Windows& g, int64_t b, int64_t y, int64_t x, int64_t c, int64_t k, const T* v,
-                                  const Sum<T>* taps, const Sum<T>* bias) {
-  const int64_t C = g.channels(), r = k / 2;
-  auto sum = load<L>(bias + c);
-  for (int64_t ky = std::max<int64_t>(0, r - y); ky < std::min(k, g.H + r - y); ++ky)
-    for (int64_t kx = std::max<int64_t>(0, r - x); kx < std::min(k, g.W + r - x); ++kx)
-      sum += load<L>(taps + (ky * k + kx) * C + c) * load<L>(v + g.token(b, y + ky - r, x + kx - r) * 3 * C + c);
-  return sum;
+// Calls f(i, token) for the tokens i of a strip that have a neighbour `dy` rows below and `dx` columns to the right; which
+// token of the map that neighbour is.
+template <class F>
+INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
+  if (t.y + dy < 0 || t.y + dy >= g.H) return;
+  const int64_t begin = std::max<int64_t>(0, -dx - t.x), end = std::min(t.tokens, g.W - dx - t.x);
+  for (int64_t i = begin; i < end; ++i) f(i, g.token(t.b, t.y + dy, t.x + dx + i));
 }
 
-// V at a token went into the outputs around it, so both of its gradients are sums over the same neighbours: returns
-// dV = Σ w dOut and adds V dOut to sums (k² + 1, C), whose last row is the bias.  Tap (ky, kx) leads to the output at
-// (y - ky + r, x - kx + r).
-template <int L, class T>
-INLINED inline Vec<Sum<T>, L> lim_backward(const Windows& g, int64_t b, int64_t y, int64_t x, int64_t c, int64_t k,
-                                           const T* grad, const T* v, const Sum<T>* taps, Sum<T>* sums) {
-  const int64_t C = g.channels(), r = k / 2, token = g.token(b, y, x), bias = k * k * C + c;
-  const auto value = load<L>(v + token * 3 * C + c);
-  Vec<Sum<T>, L> dv = {};
-  for (int64_t ky = std::max<int64_t>(0, y + r + 1 - g.H); ky < std::min(k, y + r + 1); ++ky)
-    for (int64_t kx = std::max<int64_t>(0, x + r + 1 - g.W); kx < std::min(k, x + r + 1); ++kx) {
-      const auto output = load<L>(grad + g.token(b, y - ky + r, x - kx + r) * C + c);
-      const int64_t tap = (ky * k + kx) * C + c;
-      dv += load<L>(taps + tap) * output;
-      store<L>(sums + tap, load<L>(sums + tap) + value * output);
+// Adds F(V) of equation (5), in one head's channels, to a strip's tokens: `to` has a row of d numbers for each, `row`
+// apart.  v points at V in (B, H, W, 3C), taps is (k², C).
+template <class T>
+INLINED inline void add_lim(const Windows& g, const Strip& t, int64_t head, int64_t k, const T* v, const Sum<T>* taps,
+                            const Sum<T>* bias, Sum<T>* to, int64_t row) {
+  for_blocks(g.d, [&](auto L, int64_t j) INLINED {
+    const int64_t C = g.channels(), c = head * g.d + j;
+    const auto add = [&](int64_t i, auto value) INLINED { store<L>(to + i * row + j, load<L>(to + i * row + j) + value); };
+    for (int64_t i = 0; i < t.tokens; ++i) add(i, load<L>(bias + c));
+    for (int64_t n = 0; n < k * k; ++n) {
+      const auto tap = load<L>(taps + n * C + c);
+      for_neighbours(g, t, n / k - k / 2, n % k - k / 2, [&](int64_t i, int64_t token) INLINED {
+        add(i, tap * load<L>(v + token * 3 * C + c));
+      });
     }
-  store<L>(sums + bias, load<L>(sums + bias) + load<L>(grad + token * C + c));
-  return dv;
+  });
 }
 
-// Gradients of weight (C, k²) and bias: work(sums, begin, end) adds those of windows begin .. end to sums (k² + 1, C).
-// The number of parts follows from the shape alone and they are added up in order: the same bits for any threads.
+// V at a token went into the outputs around it, so both of its gradients are sums over the same neighbours: adds Σ w dOut
+// to the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias.
+template <class T>
+INLINED inline void add_lim_backward(const Windows& g, const Strip& t, int64_t head, int64_t k, const T* grad,
+                                     const T* v, const Sum<T>* taps, Sum<T>* sums, Sum<T>* dv, int64_t row) {
+  for_blocks(g.d, [&](auto L, int64_t j) INLINED {
+    const int64_t C = g.channels(), c = head * g.d + j, first = g.token(t.b, t.y, t.x);
+    auto bias = load<L>(sums + k * k * C + c);
+    for (int64_t i = 0; i < t.tokens; ++i) bias += load<L>(grad + (first + i) * C + c);
+    store<L>(sums + k * k * C + c, bias);
+    for (int64_t n = 0; n < k * k; ++n) {
+      const auto tap = load<L>(taps + n * C + c);
+      auto sum = load<L>(sums + n * C + c);
+      for_neighbours(g, t, k / 2 - n / k, k / 2 - n % k, [&](int64_t i, int64_t token) INLINED {
+        const auto dout = load<L>(grad + token * C + c);
+        store<L>(dv + i * row + j, load<L>(dv + i * row + j) + tap * dout);
+        sum += load<L>(v + (first + i) * 3 * C + c) * dout;
+      });
+      store<L>(sums + n * C + c, sum);
+    }
+  });
+}
+
+// Gradients of weight (C, k²) and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).  The
+// number of parts follows from the shape alone and they are added up in order: the same bits for any number of threads.
 template <class A, class F>
-void sum_in_parts(const Windows& g, int64_t k, A* dweight, A* dbias, F work) {
-  const int64_t C = g.channels(), size = (k * k + 1) * C, parts = std::clamp<int64_t>(g.count(), 1, 32);
+void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* dweight, A* dbias, F work) {
+  const int64_t size = (k * k + 1) * C, parts = std::clamp<int64_t>(pieces, 1, 32);
   std::vector<A> sums(parts * size);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      work(sums.data() + i * size, g.count() * i / parts, g.count() * (i + 1) / parts);
+    for (int64_t i = begin; i < end; ++i) work(sums.data() + i * size, pieces * i / parts, pieces * (i + 1) / parts);
   });
   for (int64_t j = size; j < parts * size; ++j) sums[j % size] += sums[j];
   for (int64_t j = 0; j < k * k * C; ++j) dweight[j % C * k * k + j / C] = sums[j];

@@ -98,39 +98,55 @@ INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   return tiny ? Vec<float, L>{} : power;
 }
 
+// f of all L numbers: of two halves, then of their halves.
+template <int L, class A, class F>
+INLINED inline A reduce(Vec<A, L> v, F f) {
+  if constexpr (L == 1) {
+    return v[0];
+  } else {
+    Vec<A, L / 2> half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return reduce<L / 2, A>(f(half[0], half[1]), f);
+  }
+}
+
 // Softmax(scale s) of each row's n numbers, in place, and zeros in its padding; scale > 0.
 template <class A>
 VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
   using V = Vec<A, LANES>;
+  A shift[QUERIES], weight[QUERIES];  // step by step over all rows: a row's steps wait for each other, rows do not
   for (int64_t i = 0; i < rows; ++i) {
     A* row = s.row(i);
-    std::fill(row + n, row + s.stride, -INFINITY);
-    V largest = load<LANES>(row), sum = {};
+    for (int64_t j = n; j < s.stride; ++j) row[j] = -INFINITY;
+    V largest = load<LANES>(row);
     for (int64_t j = LANES; j < n; j += LANES) {
       const V x = load<LANES>(row + j);
       largest = x > largest ? x : largest;
     }
-    A shift = largest[0], total = 0;
-    for (int l = 1; l < LANES; ++l) shift = largest[l] > shift ? largest[l] : shift;
+    shift[i] = reduce<LANES, A>(largest, [](auto a, auto b) INLINED { return a > b ? a : b; });
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    V sum = {};
     for (int64_t j = 0; j < n; j += LANES) {  // subtracted before it is scaled: the rounding of large scores cancels
-      const V power = exp<LANES>(scale * (load<LANES>(row + j) - shift));
-      store<LANES>(row + j, power);
+      const V power = exp<LANES>(scale * (load<LANES>(s.row(i) + j) - shift[i]));
+      store<LANES>(s.row(i) + j, power);
       sum += power;
     }
-    for (int l = 0; l < LANES; ++l) total += sum[l];
-    for (int64_t j = 0; j < n; j += LANES) store<LANES>(row + j, load<LANES>(row + j) * (1 / total));
+    weight[i] = 1 / reduce<LANES, A>(sum, [](auto a, auto b) INLINED { return a + b; });
   }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; j += LANES) store<LANES>(s.row(i) + j, load<LANES>(s.row(i) + j) * weight[i]);
 }
 
 // P and dP -> dS = P (dP - Σ P dP), in place of dP.
 template <class A>
 VECTORISED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A>& dp) {
   for (int64_t i = 0; i < rows; ++i) {
-    A total = 0, *from = p.row(i), *to = dp.row(i);
+    A *from = p.row(i), *to = dp.row(i);
     std::fill(to + n, to + dp.stride, A(0));  // what another window left there may be NaN
     Vec<A, LANES> sum = {};
     for (int64_t j = 0; j < n; j += LANES) sum += load<LANES>(from + j) * load<LANES>(to + j);
-    for (int l = 0; l < LANES; ++l) total += sum[l];
+    const A total = reduce<LANES, A>(sum, [](auto a, auto b) INLINED { return a + b; });
     for (int64_t j = 0; j < n; j += LANES) store<LANES>(to + j, load<LANES>(from + j) * (load<LANES>(to + j) - total));
   }
 }
@@ -227,30 +243,19 @@ void gather_qkv(const Grid& grid, const T* token, const Windows& g, int64_t head
   gather(grid, token + head * g.d + 2 * C, 3 * C, g.d, h.v);
 }
 
-// out = Z + F(V), equation (5).
+// Z += F(V), equation (5), and its backward: row by row of a window, from its first strip on.
 template <class T>
-VECTORISED void add_lim(const Windows& g, const Strip& first, const Grid& grid, int64_t head, int64_t k, const T* v,
-                        const Sum<T>* taps, const Sum<T>* bias, Matrix<Sum<T>>& z, T* out) {
-  for (int64_t i = 0; i < grid.tokens(); ++i) {
-    const int64_t y = first.y + i / grid.columns, x = first.x + i % grid.columns;
-    for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
-      const int64_t c = head * g.d + j;
-      const auto own = load<lanes>(z.row(i) + j) + lim<lanes>(g, first.b, y, x, c, k, v, taps, bias);
-      store<lanes>(out + g.token(first.b, y, x) * g.channels() + c, own);
-    });
-  }
+VECTORISED void lim(const Windows& g, int64_t first, const Grid& grid, int64_t head, int64_t k, const T* v,
+                    const Sum<T>* taps, const Sum<T>* bias, Matrix<Sum<T>>& z) {
+  for (int64_t y = 0; y < grid.rows; ++y)
+    add_lim(g, g.strip(first + y * g.w), head, k, v, taps, bias, z.row(y * grid.columns), z.stride);
 }
 
-// dV += what F(V) passes on of the gradient.
 template <class T>
-VECTORISED void add_lim_backward(const Windows& g, const Strip& first, const Grid& grid, int64_t head, int64_t k,
-                                 const T* grad, const T* v, const Sum<T>* taps, Sum<T>* sums, Matrix<Sum<T>>& dv) {
-  for (int64_t i = 0; i < grid.tokens(); ++i)
-    for_blocks(g.d, [&](auto lanes, int64_t j) INLINED {
-      const auto own = lim_backward<lanes>(g, first.b, first.y + i / grid.columns, first.x + i % grid.columns,
-                                           head * g.d + j, k, grad, v, taps, sums);
-      store<lanes>(dv.row(i) + j, load<lanes>(dv.row(i) + j) + own);
-    });
+VECTORISED void lim_backward(const Windows& g, int64_t first, const Grid& grid, int64_t head, int64_t k, const T* grad,
+                             const T* v, const Sum<T>* taps, Sum<T>* sums, Matrix<Sum<T>>& dv) {
+  for (int64_t y = 0; y < grid.rows; ++y)
+    add_lim_backward(g, g.strip(first + y * g.w), head, k, grad, v, taps, sums, dv.row(y * grid.columns), dv.stride);
 }
 
 }  // namespace
@@ -262,12 +267,14 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
     at::parallel_for(0, g.count() * g.heads, 1, [&](int64_t begin, int64_t end) {
       Head<Sum<T>> h(most_tokens(g), g.d);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i % g.heads;
-        const Strip t = g.strip(g.first_strip(i / g.heads));
+        const int64_t head = i % g.heads, first = g.first_strip(i / g.heads);
+        const Strip t = g.strip(first);
         const Grid grid = {std::min(g.M, g.H - t.y), t.tokens, g.W};
-        gather_qkv(grid, map + g.token(t.b, t.y, t.x) * 3 * g.channels(), g, head, h);
+        const int64_t C = g.channels(), token = g.token(t.b, t.y, t.x);
+        gather_qkv(grid, map + token * 3 * C, g, head, h);
         h.attend(grid.tokens());
-        add_lim(g, t, grid, head, k, map + 2 * g.channels(), (const Sum<T>*)taps, (const Sum<T>*)bias, h.z, (T*)out);
+        lim(g, first, grid, head, k, map + 2 * C, (const Sum<T>*)taps, (const Sum<T>*)bias, h.z);
+        scatter(grid, h.z, Sum<T>(1), g.d, (T*)out + token * C + head * g.d, C);
       }
     });
   });
@@ -279,18 +286,18 @@ void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad
     using T = std::remove_pointer_t<decltype(null)>;
     const T *map = (const T*)qkv, *dout = (const T*)grad;
     const int64_t C = g.channels(), d = g.d;
-    sum_in_parts(g, k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
+    sum_in_parts(g.count(), C, k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
       HeadBackward<Sum<T>> h(most_tokens(g), d);
       for (int64_t i = begin * g.heads; i < end * g.heads; ++i) {
-        const int64_t head = i % g.heads;
-        const Strip t = g.strip(g.first_strip(i / g.heads));
+        const int64_t head = i % g.heads, first = g.first_strip(i / g.heads);
+        const Strip t = g.strip(first);
         const Grid grid = {std::min(g.M, g.H - t.y), t.tokens, g.W};
         const int64_t token = g.token(t.b, t.y, t.x);
         T* to = (T*)dqkv + token * 3 * C + head * d;
         gather_qkv(grid, map + token * 3 * C, g, head, h);
         gather(grid, dout + token * C + head * d, C, d, h.dz);
         h.attend_backward(grid.tokens());
-        add_lim_backward(g, t, grid, head, k, dout, map + 2 * C, (const Sum<T>*)taps, sums, h.dv);
+        lim_backward(g, first, grid, head, k, dout, map + 2 * C, (const Sum<T>*)taps, sums, h.dv);
         scatter(grid, h.dq, h.scale, d, to, 3 * C);
         scatter(grid, h.dk, h.scale, d, to + C, 3 * C);
         scatter(grid, h.dv, Sum<T>(1), d, to + 2 * C, 3 * C);

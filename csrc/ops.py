@@ -4,7 +4,7 @@ Each is a schema, a check of what comes in, a kernel, the shapes that go out (fo
 gradient and a cost.  What they compute is in scalablevit.py, in plain PyTorch.
 """
 import torch
-from torch import _check as check
+from torch import _check as require
 from torch.library import Library, impl, register_autograd, register_fake
 from torch.utils.flop_counter import bmm_flop, conv_backward_flop, conv_flop, register_flop_formula
 
@@ -14,204 +14,158 @@ LIBRARY = Library("scalablevit", "DEF")
 ops = torch.ops.scalablevit
 
 
-def operator(schema, devices=_C.devices):
-    """Defines the operator whose arguments the decorated function checks; it returns a function that makes what goes out.
-
-    The check is the same whether a kernel runs or shapes are foretold.
-    """
-    def define(check_arguments):
-        name = f"scalablevit::{check_arguments.__name__}"
-        kernel = getattr(_C, check_arguments.__name__)
-        LIBRARY.define(check_arguments.__name__ + schema)
-
-        def run(*args):
-            check_arguments(*args)
-            return kernel(*args)
-
-        impl(name, devices, run)
-        register_fake(name, lambda *args: check_arguments(*args)())
-        return check_arguments
-    return define
-
-
-# ---------------------------------------------------------------------------- what comes in
-def check_map(H, W, heads, channels, M):
-    check(0 < H < 2 ** 31 and 0 < W < 2 ** 31,
-          lambda: f"the map must have at least one row and one column, and fewer than 2^31 of each, got {H} x {W}")
-    check(heads >= 1 and channels > 0 and channels % (3 * heads) == 0,
-          lambda: f"qkv must have 3·heads·d channels, got {channels} channels and heads={heads}")
-    check(0 < M < 2 ** 15 and M * channels < 2 ** 29,       # within a window's row the kernels count in 32 bits
-          lambda: f"window must be in 1 .. 2^15 - 1, and window · 3C below 2^29, got {M} with 3C = {channels}")
-
-
-def check_qkv(qkv, heads, M):
-    check_dtype(qkv)
-    check(qkv.ndim == 4, lambda: f"qkv must have shape (B, H, W, 3C), got {tuple(qkv.shape)}")
-    check_map(*qkv.shape[1:3], heads, qkv.shape[3], M)
-
-
-def check_dtype(tensor):
-    check(tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-          lambda: f"expected float32, float64, bfloat16 or float16, got {tensor.dtype}")
-
-
-def check_like(name, tensor, shape, other_name, other):
-    check(tensor.ndim == len(shape) and all(n == m for n, m in zip(tensor.shape, shape)),
-          lambda: f"{name} must have shape {tuple(shape)} to fit {other_name}, got {tuple(tensor.shape)}")
-    check(tensor.dtype == other.dtype and tensor.device == other.device,
-          lambda: f"{name} must have the dtype and be on the device of {other_name}, {other.dtype} on {other.device}, "
-                  f"got {tensor.dtype} on {tensor.device}")
-
-
-def check_weight(weight, qkv):
-    C, k, sums = qkv.shape[3] // 3, weight.shape[-1], torch.promote_types(qkv.dtype, torch.float32)
-    check(k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k), k odd, got {tuple(weight.shape)}")
-    check(weight.dtype in (qkv.dtype, sums),
-          lambda: f"weight must be {sums} or {qkv.dtype} where qkv is {qkv.dtype}, got {weight.dtype}")
-    check_like("weight", weight, (C, 1, k, k), "qkv", qkv.new_empty(0, dtype=weight.dtype))
-
-
 def windows(H, W, M):
+    """How many windows a map has."""
     return -(-H // M) * -(-W // M)
 
 
-# ---------------------------------------------------------------------------- window partition
+def check(qkv, heads, M, **others):
+    """(B, H, W, C) of qkv (B, H, W, 3C).  Raises RuntimeError for what does not fit, saying what does."""
+    require(qkv.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+            lambda: f"expected float32, float64, bfloat16 or float16, got {qkv.dtype}")
+    require(qkv.ndim == 4, lambda: f"qkv must have shape (B, H, W, 3C), got {tuple(qkv.shape)}")
+    B, H, W, channels = qkv.shape
+    require(0 < H < 2 ** 31 and 0 < W < 2 ** 31, lambda: f"H and W must be at least one and below 2^31, got {H} x {W}")
+    require(heads >= 1 and channels > 0 and channels % (3 * heads) == 0,
+            lambda: f"qkv must have 3·heads·d channels, got {channels} channels and heads={heads}")
+    require(0 < M < 2 ** 15 and M * channels < 2 ** 29,             # the kernels count within a window's row in 32 bits
+            lambda: f"window must be in 1 .. 2^15 - 1, and window · 3C below 2^29, got {M} with 3C = {channels}")
+    C, d = channels // 3, channels // (3 * heads)
+    sums = torch.promote_types(qkv.dtype, torch.float32)            # the parameters' dtype under autocast
+    for name, tensor in others.items():
+        k, like = tensor.shape[-1] if tensor.ndim else 0, others["weight"] if name == "bias" else qkv
+        dtypes = (qkv.dtype, sums) if name == "weight" else (like.dtype,)
+        shape = {"z": (B * windows(H, W, M), heads, M * M, d), "grad": (B, H, W, C), "bias": (C,),
+                 "weight": (C, 1, k, k)}[name]
+        require(tensor.ndim == len(shape) and all(n == m for n, m in zip(tensor.shape, shape)),
+                lambda: f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        require(name != "weight" or k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k) with k odd, got k={k}")
+        require(tensor.dtype in dtypes and tensor.device == qkv.device,
+                lambda: f"{name} must have dtype {' or '.join(map(str, dtypes))} and be on {qkv.device}, as qkv is, "
+                        f"got {tensor.dtype} on {tensor.device}")
+    return B, H, W, C
+
+
+def operator(schema, devices=_C.devices):
+    """Defines the operator whose arguments the decorated function checks; it returns a function that makes what goes out."""
+    def define(checked):
+        name, kernel = f"scalablevit::{checked.__name__}", getattr(_C, checked.__name__)
+        LIBRARY.define(checked.__name__ + schema)
+
+        def run(*args):
+            checked(*args)
+            return kernel(*args)
+
+        impl(name, devices, run)
+        register_fake(name, lambda *args: checked(*args)())
+        return checked
+    return define
+
+
 @operator("(Tensor qkv, int heads, SymInt window) -> Tensor")
 def window_partition(qkv, heads, M):
     """(B, H, W, 3C) -> (3, B·windows, heads, M², d)"""
-    check_qkv(qkv, heads, M)
-    B, H, W, channels = qkv.shape
-    return lambda: qkv.new_empty(3, B * windows(H, W, M), heads, M * M, channels // (3 * heads))
+    B, H, W, C = check(qkv, heads, M)
+    return lambda: qkv.new_empty(3, B * windows(H, W, M), heads, M * M, C // heads)
 
 
 @operator("(Tensor grad, SymInt H, SymInt W, SymInt window) -> Tensor")
 def window_partition_backward(grad, H, W, M):
-    check_dtype(grad)
-    check(grad.ndim == 5, lambda: f"grad must have shape (3, B·windows, heads, M², d), got {tuple(grad.shape)}")
-    third, n, heads, tokens, d = grad.shape
-    check_map(H, W, heads, 3 * heads * d, M)
-    check(third == 3 and tokens == M * M and n % windows(H, W, M) == 0,
-          lambda: f"grad must have shape (3, B·windows, heads, M², d) to fit a map of {H} x {W} and window={M}, "
-                  f"got {tuple(grad.shape)}")
-    return lambda: grad.new_empty(n // windows(H, W, M), H, W, 3 * heads * d)
+    """(3, B·windows, heads, M², d) -> (B, H, W, 3C)"""
+    fits = grad.ndim == 5 and min(H, W, M) > 0 and grad.shape[0] == 3 and grad.shape[3] == M * M
+    require(fits and grad.shape[1] % windows(H, W, M) == 0,
+            lambda: f"grad must have shape (3, B·windows, heads, M², d) for a map with at least one row and column and "
+                    f"a window of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
+    shape = grad.shape[1] // windows(H, W, M), H, W, 3 * grad.shape[2] * grad.shape[4]
+    check(torch.empty(shape, dtype=grad.dtype, device="meta"), grad.shape[2], M)
+    return lambda: grad.new_empty(shape)
 
 
-def keep_partition(ctx, inputs, output):
-    ctx.H, ctx.W, ctx.heads, ctx.M = *inputs[0].shape[1:3], *inputs[1:]
-
-
-def keep_partition_backward(ctx, inputs, output):
-    ctx.heads, ctx.M = inputs[0].shape[2], inputs[3]
-
-
-register_autograd(
-    "scalablevit::window_partition", lambda ctx, grad: (ops.window_partition_backward(grad, ctx.H, ctx.W, ctx.M), None, None),
-    setup_context=keep_partition)
-register_autograd(
-    "scalablevit::window_partition_backward", lambda ctx, grad: (ops.window_partition(grad, ctx.heads, ctx.M), None, None, None),
-    setup_context=keep_partition_backward)
-
-
-# ---------------------------------------------------------------------------- window merge + LIM
 @operator("(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor")
 def window_merge_lim(z, qkv, weight, bias, M):
     """z (B·windows, heads, M², d), V in qkv (B, H, W, 3C), F's weight (C, 1, k, k) and bias (C) -> Z + F(V), (B, H, W, C)"""
-    check(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
-    check_qkv(qkv, z.shape[1], M)
-    B, H, W, channels = qkv.shape
-    check_like("z", z, (B * windows(H, W, M), z.shape[1], M * M, channels // (3 * z.shape[1])), "qkv", qkv)
-    check_weight(weight, qkv)
-    check_like("bias", bias, (channels // 3,), "weight", weight)
-    return lambda: qkv.new_empty(B, H, W, channels // 3)
+    B, H, W, C = check(qkv, z.shape[1] if z.ndim > 1 else 1, M, z=z, weight=weight, bias=bias)
+    return lambda: qkv.new_empty(B, H, W, C)
 
 
 @operator("(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window) -> (Tensor, Tensor, Tensor, Tensor)")
 def window_merge_lim_backward(grad, qkv, weight, heads, M):
-    check_qkv(qkv, heads, M)
-    check_weight(weight, qkv)
-    B, H, W, channels = qkv.shape
-    check_like("grad", grad, (B, H, W, channels // 3), "qkv", qkv)
-    return lambda: (grad.new_empty(B * windows(H, W, M), heads, M * M, channels // (3 * heads)),
-                    qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(channels // 3))
+    """The gradient of the output -> those of z, qkv, weight and bias"""
+    B, H, W, C = check(qkv, heads, M, weight=weight, grad=grad)
+    return lambda: (qkv.new_empty(B * windows(H, W, M), heads, M * M, C // heads), qkv.new_empty(qkv.shape),
+                    weight.new_empty(weight.shape), weight.new_empty(C))
 
 
-# ---------------------------------------------------------------------------- IWSA in one pass
 @operator("(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor", devices="cpu")
 def iwsa(qkv, weight, bias, heads, M):
     """All that lies between IWSA's two linear layers: (B, H, W, 3C) -> (B, H, W, C)"""
-    check_qkv(qkv, heads, M)
-    check_weight(weight, qkv)
-    B, H, W, channels = qkv.shape
-    check_like("bias", bias, (channels // 3,), "weight", weight)
-    return lambda: qkv.new_empty(B, H, W, channels // 3)
+    B, H, W, C = check(qkv, heads, M, weight=weight, bias=bias)
+    return lambda: qkv.new_empty(B, H, W, C)
 
 
 @operator("(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window) -> (Tensor, Tensor, Tensor)", devices="cpu")
 def iwsa_backward(grad, qkv, weight, heads, M):
-    check_qkv(qkv, heads, M)
-    check_weight(weight, qkv)
-    check_like("grad", grad, (*qkv.shape[:3], qkv.shape[3] // 3), "qkv", qkv)
-    return lambda: (qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(qkv.shape[3] // 3))
+    """The gradient of the output -> those of qkv, weight and bias"""
+    *_, C = check(qkv, heads, M, weight=weight, grad=grad)
+    return lambda: (qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C))
 
 
-# ---------------------------------------------------------------------------- gradients of the last two
-def keep_merge_lim(ctx, inputs, output):
-    z, qkv, weight, _, ctx.M = inputs
-    ctx.heads = z.shape[1]
+# ---------------------------------------------------------------------------- gradients
+def differentiable(op, backward, save):
+    register_autograd(f"scalablevit::{op}", backward, setup_context=lambda ctx, inputs, output: save(ctx, *inputs))
+
+
+def save_partition(ctx, qkv, heads, M):
+    ctx.heads, ctx.size = heads, (*qkv.shape[1:3], M)
+
+
+def save_partition_backward(ctx, grad, *size):
+    ctx.heads, ctx.size = grad.shape[2], size
+
+
+def save_iwsa(ctx, qkv, weight, bias, heads, M):
     ctx.save_for_backward(qkv, weight)
-
-
-def keep_iwsa(ctx, inputs, output):
-    qkv, weight, _, ctx.heads, ctx.M = inputs
-    ctx.save_for_backward(qkv, weight)
+    ctx.heads, ctx.M = heads, M
 
 
 def no_second_derivative(ctx, *grads):
     raise NotImplementedError("the kernels have no second derivative of LIM or IWSA: scalablevit_kernels.unfuse(model)")
 
 
-register_autograd(
-    "scalablevit::window_merge_lim", lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None),
-    setup_context=keep_merge_lim)
-register_autograd(
-    "scalablevit::iwsa", lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None, None),
-    setup_context=keep_iwsa)
-register_autograd("scalablevit::window_merge_lim_backward", no_second_derivative)
-register_autograd("scalablevit::iwsa_backward", no_second_derivative)
+differentiable("window_partition", lambda ctx, grad: (ops.window_partition_backward(grad, *ctx.size), None, None),
+               save_partition)
+differentiable("window_partition_backward",
+               lambda ctx, grad: (ops.window_partition(grad, ctx.heads, ctx.size[2]), None, None, None),
+               save_partition_backward)
+differentiable("window_merge_lim",
+               lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None),
+               lambda ctx, z, qkv, weight, bias, M: save_iwsa(ctx, qkv, weight, bias, z.shape[1], M))
+differentiable("iwsa", lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None, None),
+               save_iwsa)
+for name in "window_merge_lim_backward", "iwsa_backward":
+    differentiable(name, no_second_derivative, lambda ctx, *inputs: None)
 
 
-# ---------------------------------------------------------------------------- cost, as FlopCounterMode has it of the plain form
-def lim_flop(grad, weight):                                         # grad: a shape (B, H, W, C)
+# ---------------------------------------------------------------------------- cost, as PyTorch's counter has it of the plain form
+def lim_flop(grad, weight, backward):                               # grad: a shape (B, H, W, C)
     image = (grad[0], grad[3], *grad[1:3])
-    return conv_flop(image, weight, None, None, None, None, False, out_val=image)
-
-
-def lim_backward_flop(grad, weight):
-    image = (grad[0], grad[3], *grad[1:3])
+    if not backward:
+        return conv_flop(image, weight, None, None, None, None, False, out_val=image)
     return conv_backward_flop(image, image, weight, None, None, None, None, False, None, grad[3], (True, True, True),
                               out_val=(image, weight, (grad[3],)))
 
 
-def product_flop(grad, heads, M):                                   # of Q K^T, or of A V: whole windows, padding and all
+def iwsa_flop(grad, weight, heads, M, backward):                    # whole windows; nothing is counted twice
     n, d = grad[0] * windows(*grad[1:3], M) * heads, grad[3] // heads
-    return bmm_flop((n, M * M, d), (n, d, M * M))
+    products = (4 if backward else 2) * bmm_flop((n, M * M, d), (n, d, M * M))
+    return products + lim_flop(grad, weight, backward)
 
 
-@register_flop_formula(ops.window_merge_lim)
-def _(z, qkv, weight, bias, M, out_shape, **_):
-    return lim_flop(out_shape, weight)
-
-
-@register_flop_formula(ops.window_merge_lim_backward)
-def _(grad, qkv, weight, heads, M, out_shape, **_):
-    return lim_backward_flop(grad, weight)
-
-
-@register_flop_formula(ops.iwsa)
-def _(qkv, weight, bias, heads, M, out_shape, **_):
-    return 2 * product_flop(out_shape, heads, M) + lim_flop(out_shape, weight)
-
-
-@register_flop_formula(ops.iwsa_backward)                           # what is computed again is not counted again
-def _(grad, qkv, weight, heads, M, out_shape, **_):
-    return 4 * product_flop(grad, heads, M) + lim_backward_flop(grad, weight)
+register_flop_formula(ops.window_merge_lim)(
+    lambda z, qkv, weight, *_, out_shape, **__: lim_flop(out_shape, weight, False))
+register_flop_formula(ops.window_merge_lim_backward)(
+    lambda grad, qkv, weight, *_, **__: lim_flop(grad, weight, True))
+register_flop_formula(ops.iwsa)(
+    lambda qkv, weight, bias, heads, M, out_shape, **_: iwsa_flop(out_shape, weight, heads, M, False))
+register_flop_formula(ops.iwsa_backward)(
+    lambda grad, qkv, weight, heads, M, **_: iwsa_flop(grad, weight, heads, M, True))
