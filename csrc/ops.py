@@ -5,6 +5,7 @@ gradient and a cost.  What they compute is in scalablevit.py, in plain PyTorch.
 """
 import torch
 from torch import _check as require
+from torch.autograd import forward_ad
 from torch.library import Library, impl, register_autograd, register_fake
 from torch.utils.flop_counter import bmm_flop, conv_backward_flop, conv_flop, register_flop_formula
 
@@ -53,6 +54,7 @@ def operator(schema, devices=_C.devices):
         LIBRARY.define(checked.__name__ + schema)
 
         def run(*args):
+            require(forward_ad._current_level < 0, lambda: "the kernels have no forward-mode derivative: unfuse(model)")
             checked(*args)
             return kernel(*args)
 
@@ -72,10 +74,10 @@ def window_partition(qkv, heads, M):
 @operator("(Tensor grad, SymInt H, SymInt W, SymInt window) -> Tensor")
 def window_partition_backward(grad, H, W, M):
     """(3, B·windows, heads, M², d) -> (B, H, W, 3C)"""
-    fits = grad.ndim == 5 and min(H, W, M) > 0 and grad.shape[0] == 3 and grad.shape[3] == M * M
+    fits = grad.ndim == 5 and min(H, W, M) > 0 and max(H, W) < 2 ** 31 and grad.shape[0] == 3 and grad.shape[3] == M * M
     require(fits and grad.shape[1] % windows(H, W, M) == 0,
-            lambda: f"grad must have shape (3, B·windows, heads, M², d) for a map with at least one row and column and "
-                    f"a window of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
+            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and a window of at "
+                    f"least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
     shape = grad.shape[1] // windows(H, W, M), H, W, 3 * grad.shape[2] * grad.shape[4]
     check(torch.empty(shape, dtype=grad.dtype, device="meta"), grad.shape[2], M)
     return lambda: grad.new_empty(shape)
@@ -84,7 +86,8 @@ def window_partition_backward(grad, H, W, M):
 @operator("(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor")
 def window_merge_lim(z, qkv, weight, bias, M):
     """z (B·windows, heads, M², d), V in qkv (B, H, W, 3C), F's weight (C, 1, k, k) and bias (C) -> Z + F(V), (B, H, W, C)"""
-    B, H, W, C = check(qkv, z.shape[1] if z.ndim > 1 else 1, M, z=z, weight=weight, bias=bias)
+    require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
+    B, H, W, C = check(qkv, z.shape[1], M, z=z, weight=weight, bias=bias)
     return lambda: qkv.new_empty(B, H, W, C)
 
 
