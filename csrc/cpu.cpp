@@ -32,7 +32,7 @@ INLINED inline void copy_tokens(int64_t n, int64_t d, const From* from, int64_t 
 }
 
 template <class T>
-VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v, const Sum<T>* taps,
+VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_strides, const T* v, const Sum<T>* weight,
                              const Sum<T>* bias, T* out, int64_t begin, int64_t end) {
   const int64_t C = g.channels(), d = g.d;
   std::vector<Sum<T>> sum(g.M * d);
@@ -40,7 +40,7 @@ VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_
     const Strip t = g.strip(s);
     for (int64_t head = 0; head < g.heads; ++head) {
       copy_tokens(t.tokens, d, z + z_strides.at(t, head, 0), z_strides.position, sum.data(), d);
-      add_lim(g, t, head, k, v, taps, bias, sum.data(), d);
+      add_lim(g, t, head * d, k, v, weight, bias, sum.data(), d);
       copy_tokens(t.tokens, d, sum.data(), d, out + g.token(t.b, t.y, t.x) * C + head * d, C);
     }
   }
@@ -48,7 +48,7 @@ VECTORISED void merge_strips(const Windows& g, int64_t k, const T* z, Strides z_
 
 // Strips begin .. end: dz and dqkv, and their part of the weight's gradient.
 template <class T>
-VECTORISED void merge_backward(const Windows& g, int64_t k, const T* grad, const T* v, const Sum<T>* taps, T* dz,
+VECTORISED void merge_backward(const Windows& g, int64_t k, const T* grad, const T* v, const Sum<T>* weight, T* dz,
                                T* dqkv, Sum<T>* sums, int64_t begin, int64_t end) {
   const int64_t C = g.channels(), d = g.d;
   std::vector<Sum<T>> dv(g.M * d);
@@ -61,7 +61,7 @@ VECTORISED void merge_backward(const Windows& g, int64_t k, const T* grad, const
       copy_tokens(t.tokens, d, grad + token * C + head * d, C, own, d);
       std::fill_n(own + t.tokens * d, (g.M - t.tokens) * d, T(0));
       std::fill(dv.begin(), dv.end(), Sum<T>(0));
-      add_lim_backward(g, t, head, k, grad, v, taps, sums, dv.data(), d);
+      add_lim_backward(g, t, head * d, k, grad, v, weight, sums, dv.data(), d);
       copy_tokens(t.tokens, d, dv.data(), d, dqkv + (token * 3 + 2) * C + head * d, 3 * C);
     }
   }
@@ -70,23 +70,24 @@ VECTORISED void merge_backward(const Windows& g, int64_t k, const T* grad, const
 }  // namespace
 
 void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
-                    const void* taps, const void* bias, void* out) {
+                    const void* weight, const void* bias, void* out) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     at::parallel_for(0, g.strips(), 8, [&](int64_t begin, int64_t end) {
-      merge_strips(g, k, (const T*)z, z_strides, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)taps,
+      merge_strips(g, k, (const T*)z, z_strides, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)weight,
                    (const Sum<T>*)bias, (T*)out, begin, end);
     });
   });
 }
 
 void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
-                             const void* taps, void* dz, void* dqkv, void* dweight, void* dbias) {
+                             const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
-    sum_in_parts(g.strips(), g.channels(), k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
-      merge_backward(g, k, (const T*)grad, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)taps, (T*)dz, (T*)dqkv,
+    const auto work = [&](Sum<T>* sums, int64_t begin, int64_t end) {
+      merge_backward(g, k, (const T*)grad, (const T*)qkv + 2 * g.channels(), (const Sum<T>*)weight, (T*)dz, (T*)dqkv,
                      sums, begin, end);
-    });
+    };
+    sum_in_parts(g.strips(), g.channels(), k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
   });
 }

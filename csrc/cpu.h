@@ -69,8 +69,7 @@ INLINED inline void for_blocks(int64_t d, F f) {
   for (; j < d; ++j) f(std::integral_constant<int, 1>(), j);
 }
 
-// Calls f(i, token) for the tokens i of a strip that have a neighbour `dy` rows below and `dx` columns to the right; which
-// token of the map that neighbour is.
+// Calls f(i, neighbour) for the tokens i of a strip whose neighbour, dy rows below and dx columns to the right, is on the map.
 template <class F>
 INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
   if (t.y + dy < 0 || t.y + dy >= g.H) return;
@@ -78,59 +77,57 @@ INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy,
   for (int64_t i = begin; i < end; ++i) f(i, g.token(t.b, t.y + dy, t.x + dx + i));
 }
 
-// Adds F(V) of equation (5), in one head's channels, to a strip's tokens: `to` has a row of d numbers for each, `row`
-// apart.  v points at V in (B, H, W, 3C), taps is (k², C).
+// Adds F(V) of equation (5) to d channels of a strip's tokens, from `channel` on: rows, `row` apart, at `to`.  v points at V in qkv.
 template <class T>
-INLINED inline void add_lim(const Windows& g, const Strip& t, int64_t head, int64_t k, const T* v, const Sum<T>* taps,
+INLINED inline void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v, const Sum<T>* weight,
                             const Sum<T>* bias, Sum<T>* to, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
-    const int64_t C = g.channels(), c = head * g.d + j;
+    const int64_t C = g.channels(), c = channel + j;
     const auto add = [&](int64_t i, auto value) INLINED { store<L>(to + i * row + j, load<L>(to + i * row + j) + value); };
     for (int64_t i = 0; i < t.tokens; ++i) add(i, load<L>(bias + c));
-    for (int64_t n = 0; n < k * k; ++n) {
-      const auto tap = load<L>(taps + n * C + c);
-      for_neighbours(g, t, n / k - k / 2, n % k - k / 2, [&](int64_t i, int64_t token) INLINED {
-        add(i, tap * load<L>(v + token * 3 * C + c));
+    for (int64_t tap = 0; tap < k * k; ++tap) {
+      const auto w = load<L>(weight + tap * C + c);
+      for_neighbours(g, t, tap / k - k / 2, tap % k - k / 2, [&](int64_t i, int64_t neighbour) INLINED {
+        add(i, w * load<L>(v + neighbour * 3 * C + c));
       });
     }
   });
 }
 
-// V at a token went into the outputs around it, so both of its gradients are sums over the same neighbours: adds Σ w dOut
-// to the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias.
+// V at a token went into the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is added to
+// the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias's.
 template <class T>
-INLINED inline void add_lim_backward(const Windows& g, const Strip& t, int64_t head, int64_t k, const T* grad,
-                                     const T* v, const Sum<T>* taps, Sum<T>* sums, Sum<T>* dv, int64_t row) {
+INLINED inline void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
+                                     const T* v, const Sum<T>* weight, Sum<T>* sums, Sum<T>* dv, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
-    const int64_t C = g.channels(), c = head * g.d + j, first = g.token(t.b, t.y, t.x);
-    auto bias = load<L>(sums + k * k * C + c);
-    for (int64_t i = 0; i < t.tokens; ++i) bias += load<L>(grad + (first + i) * C + c);
-    store<L>(sums + k * k * C + c, bias);
-    for (int64_t n = 0; n < k * k; ++n) {
-      const auto tap = load<L>(taps + n * C + c);
-      auto sum = load<L>(sums + n * C + c);
-      for_neighbours(g, t, k / 2 - n / k, k / 2 - n % k, [&](int64_t i, int64_t token) INLINED {
-        const auto dout = load<L>(grad + token * C + c);
-        store<L>(dv + i * row + j, load<L>(dv + i * row + j) + tap * dout);
-        sum += load<L>(v + (first + i) * 3 * C + c) * dout;
-      });
-      store<L>(sums + n * C + c, sum);
+    const int64_t C = g.channels(), c = channel + j, first = g.token(t.b, t.y, t.x);
+    for (int64_t tap = 0; tap <= k * k; ++tap) {
+      auto sum = load<L>(sums + tap * C + c);
+      if (tap == k * k) {
+        for (int64_t i = 0; i < t.tokens; ++i) sum += load<L>(grad + (first + i) * C + c);
+      } else {
+        const auto w = load<L>(weight + tap * C + c);
+        for_neighbours(g, t, k / 2 - tap / k, k / 2 - tap % k, [&](int64_t i, int64_t neighbour) INLINED {
+          const auto dout = load<L>(grad + neighbour * C + c);
+          store<L>(dv + i * row + j, load<L>(dv + i * row + j) + w * dout);
+          sum += load<L>(v + (first + i) * 3 * C + c) * dout;
+        });
+      }
+      store<L>(sums + tap * C + c, sum);
     }
   });
 }
 
-// Gradients of weight (C, k²) and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).  The
-// number of parts follows from the shape alone and they are added up in order: the same bits for any number of threads.
+// Gradients of weight (C, k²) and bias (C): work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).
 template <class A, class F>
-void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* dweight, A* dbias, F work) {
-  const int64_t size = (k * k + 1) * C, parts = std::clamp<int64_t>(pieces, 1, 32);
-  std::vector<A> sums(parts * size);
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(sums.data() + i * size, pieces * i / parts, pieces * (i + 1) / parts);
+void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, A* dweight, A* dbias, F work) {
+  const int64_t size = (k * k + 1) * C, n = std::clamp<int64_t>(pieces, 1, 32);
+  std::fill_n(parts, n * size, A(0));
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(parts + i * size, pieces * i / n, pieces * (i + 1) / n);
   });
-  for (int64_t j = size; j < parts * size; ++j) sums[j % size] += sums[j];
-  for (int64_t j = 0; j < k * k * C; ++j) dweight[j % C * k * k + j / C] = sums[j];
-  std::copy_n(sums.data() + k * k * C, C, dbias);
+  for (int64_t j = size; j < n * size; ++j) parts[j % size] += parts[j];
+  for (int64_t j = 0; j < size; ++j) (j < k * k * C ? dweight[j % C * k * k + j / C] : dbias[j % C]) = parts[j];
 }
 
 // Calls f with a T*, null, that says the type.

@@ -12,65 +12,68 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;    // columns of the buffers come in vectors of 16
+constexpr int64_t LANES = 16, WIDTH = 2 * LANES;
 constexpr int64_t QUERIES = 56;  // taken at a time, so that the scores of a large window need not be stored whole
 
-// A matrix, or the transposed of one: number (i, j) lies at numbers[i * row + j * column].
-template <class A>
-struct View {
-  A* numbers;
-  int64_t row, column;
-};
-
-// A matrix of the buffers: rows begin at multiples of 16 numbers, a cache line of floats; what follows a row's last number
-// is padding.
+// A matrix of the buffers: rows begin at multiples of 32 numbers and end with padding.
 template <class A>
 struct Matrix {
   struct alignas(64) Line {
-    A numbers[LANES];
+    A numbers[WIDTH];
   };
   int64_t stride;  // from row to row
   std::vector<Line> lines;
 
   Matrix(int64_t rows, int64_t columns)
-      : stride((columns + LANES - 1) / LANES * LANES), lines(rows * stride / LANES) {}
+      : stride((columns + WIDTH - 1) / WIDTH * WIDTH), lines(rows * stride / WIDTH) {}
   A* row(int64_t i) { return lines.data()->numbers + i * stride; }
-  View<A> from(int64_t i) { return {row(i), stride, 1}; }
-  View<A> transposed() { return {row(0), 1, stride}; }
 };
 
 // ---------------------------------------------------------------- matrix product
-// out = a b, or += : `rows` x `vectors` x 16 numbers of out stay in registers while j runs over the inner dimension.
-template <int rows, int vectors, class A>
-INLINED inline void product_block(int64_t inner, View<A> a, View<A> b, View<A> out, bool add) {
-  Vec<A, LANES> sum[rows][vectors], right[vectors];
+// The left factor of a product: number (i, j) lies at numbers[i * row + j * column], so that it may be a transposed.
+template <class A>
+struct Left {
+  A* numbers;
+  int64_t row, column;
+};
+template <class A>
+Left<A> rows_of(Matrix<A>& m, int64_t first = 0) {
+  return {m.row(first), m.stride, 1};
+}
+template <class A>
+Left<A> transposed(Matrix<A>& m) {
+  return {m.row(0), 1, m.stride};
+}
+
+// out = a b, or += : `rows` x 2 x 16 numbers of out stay in registers while j runs over the inner dimension.
+template <int rows, class A>
+INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t b_row, A* out, int64_t out_row,
+                                  bool add) {
+  Vec<A, LANES> sum[rows][2], right[2];
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < vectors; ++v)
-      sum[i][v] = add ? load<LANES>(out.numbers + i * out.row + v * LANES) : Vec<A, LANES>{};
-  for (int64_t j = 0; j < inner; ++j, a.numbers += a.column, b.numbers += b.row) {
-    std::memcpy(right, b.numbers, sizeof(right));
+    for (int v = 0; v < 2; ++v) sum[i][v] = add ? load<LANES>(out + i * out_row + v * LANES) : Vec<A, LANES>{};
+  for (int64_t j = 0; j < inner; ++j, a.numbers += a.column, b += b_row) {
+    std::memcpy(right, b, sizeof(right));
     for (int i = 0; i < rows; ++i)
-      for (int v = 0; v < vectors; ++v) sum[i][v] += a.numbers[i * a.row] * right[v];
+      for (int v = 0; v < 2; ++v) sum[i][v] += a.numbers[i * a.row] * right[v];
   }
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < vectors; ++v) store<LANES>(out.numbers + i * out.row + v * LANES, sum[i][v]);
+    for (int v = 0; v < 2; ++v) store<LANES>(out + i * out_row + v * LANES, sum[i][v]);
 }
 
-template <int vectors, class A>
-INLINED inline void product_columns(int64_t rows, int64_t inner, View<A> a, View<A> b, View<A> out, bool add) {
-  constexpr int block = 7;  // 7 x 2 sums and 2 vectors of b fit in registers, and 49 tokens are 7 blocks
-  const auto below = [](View<A> m, int64_t i) { return View<A>{m.numbers + i * m.row, m.row, m.column}; };
-  int64_t i = 0;
-  for (; i + block <= rows; i += block) product_block<block, vectors>(inner, below(a, i), b, below(out, i), add);
-  for (; i < rows; ++i) product_block<1, vectors>(inner, below(a, i), b, below(out, i), add);
-}
-
+// b from row `b_first` on, out from row `out_first` on.
 template <class A>
-VECTORISED void product(int64_t rows, int64_t inner, int64_t columns, View<A> a, View<A> b, View<A> out,
-                        bool add = false) {
-  for (; columns > LANES; columns -= 2 * LANES, b.numbers += 2 * LANES, out.numbers += 2 * LANES)
-    product_columns<2>(rows, inner, a, b, out, add);
-  if (columns > 0) product_columns<1>(rows, inner, a, b, out, add);
+VECTORISED void product(int64_t rows, int64_t inner, int64_t columns, Left<A> a, Matrix<A>& b, int64_t b_first,
+                        Matrix<A>& out, int64_t out_first, bool add = false) {
+  constexpr int64_t block = 7;  // 7 x 2 sums and 2 vectors of b fit in registers, and 49 tokens are 7 blocks
+  for (int64_t c = 0; c < columns; c += WIDTH)
+    for (int64_t i = 0; i < rows;) {
+      const Left<A> left = {a.numbers + i * a.row, a.row, a.column};
+      const A* right = b.row(b_first) + c;
+      A* to = out.row(out_first + i) + c;
+      if (i + block <= rows) product_block<block>(inner, left, right, b.stride, to, out.stride, add), i += block;
+      else product_block<1>(inner, left, right, b.stride, to, out.stride, add), ++i;
+    }
 }
 
 // ---------------------------------------------------------------- softmax
@@ -151,49 +154,27 @@ VECTORISED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A
   }
 }
 
-// ---------------------------------------------------------------- one head of one window
-// The real tokens of a window: rows x columns of them from the first on, `pitch` tokens from row to row in the map.
-struct Grid {
-  int64_t rows, columns, pitch;
-  int64_t tokens() const { return rows * columns; }
-};
-
-// d channels of each token, from `map` at the first token and `stride` numbers from token to token.
-template <class T>
-VECTORISED void gather(const Grid& grid, const T* map, int64_t stride, int64_t d, Matrix<Sum<T>>& matrix) {
-  for (int64_t i = 0; i < grid.tokens(); ++i) {
-    const T* token = map + (i / grid.columns * grid.pitch + i % grid.columns) * stride;
-    for_blocks(d, [&](auto lanes, int64_t j) INLINED { store<lanes>(matrix.row(i) + j, load<lanes>(token + j)); });
-  }
-}
-
-template <class T>
-VECTORISED void scatter(const Grid& grid, Matrix<Sum<T>>& matrix, Sum<T> scale, int64_t d, T* map, int64_t stride) {
-  for (int64_t i = 0; i < grid.tokens(); ++i) {
-    T* token = map + (i / grid.columns * grid.pitch + i % grid.columns) * stride;
-    for_blocks(d, [&](auto lanes, int64_t j) INLINED { store<lanes>(token + j, load<lanes>(matrix.row(i) + j) * scale); });
-  }
-}
-
 template <class A>
 VECTORISED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix<A>& to) {
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = 0; i < rows; ++i) to.row(j)[i] = from.row(i)[j];
 }
 
-// Q, K, V (n, d) of a head and Z = Softmax(scale Q Kᵀ) V, equation (4); the gradients of all four.
+// ---------------------------------------------------------------- one head of one window
+// The buffers of one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V, equation (4), and, for the backward pass, gradients.
 template <class A>
 struct Head {
   int64_t d;
   A scale;
-  Matrix<A> q, key, v, key_t, p, z;
+  Matrix<A> q, key, v, key_t, p, z, dz, v_t, ds, dq, dk, dv;
 
   Head(int64_t n, int64_t d)
-      : d(d), scale(1 / std::sqrt(A(d))), q(n, d), key(n, d), v(n, d), key_t(d, n), p(std::min(QUERIES, n), n), z(n, d) {}
+      : d(d), scale(1 / std::sqrt(A(d))), q(n, d), key(n, d), v(n, d), key_t(d, n), p(std::min(QUERIES, n), n), z(n, d),
+        dz(n, d), v_t(d, n), ds(std::min(QUERIES, n), n), dq(n, d), dk(n, d), dv(n, d) {}
 
   // P for m queries from i on and n keys.
   void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, d, n, q.from(i), key_t.from(0), p.from(0));
+    product(m, d, n, rows_of(q, i), key_t, 0, p, 0);
     softmax(m, n, scale, p);
   }
 
@@ -202,18 +183,9 @@ struct Head {
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
       scores(i, m, n);
-      product(m, n, d, p.from(0), v.from(0), z.from(i));
+      product(m, n, d, rows_of(p), v, 0, z, i);
     }
   }
-};
-
-template <class A>
-struct HeadBackward : Head<A> {
-  using Head<A>::d, Head<A>::q, Head<A>::key, Head<A>::v, Head<A>::key_t, Head<A>::p;
-  Matrix<A> dz, v_t, ds, dq, dk, dv;
-
-  HeadBackward(int64_t n, int64_t d)
-      : Head<A>(n, d), dz(n, d), v_t(d, n), ds(std::min(QUERIES, n), n), dq(n, d), dk(n, d), dv(n, d) {}
 
   // dZ -> dQ and dK, both yet to be multiplied by the scale, and dV.
   void attend_backward(int64_t n) {
@@ -221,87 +193,104 @@ struct HeadBackward : Head<A> {
     transpose(n, d, v, v_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      this->scores(i, m, n);                                                // P
-      product(m, d, n, dz.from(i), v_t.from(0), ds.from(0));                // dP = dZ Vᵀ
-      softmax_backward(m, n, p, ds);                                        // dS, in place of dP
-      product(n, m, d, p.transposed(), dz.from(i), dv.from(0), i > 0);      // dV += Pᵀ dZ
-      product(n, m, d, ds.transposed(), q.from(i), dk.from(0), i > 0);      // dK += dSᵀ Q
-      product(m, n, d, ds.from(0), key.from(0), dq.from(i));                // dQ = dS K
+      scores(i, m, n);                                             // P
+      product(m, d, n, rows_of(dz, i), v_t, 0, ds, 0);             // dP = dZ Vᵀ
+      softmax_backward(m, n, p, ds);                               // dS, in place of dP
+      product(n, m, d, transposed(p), dz, i, dv, 0, i > 0);        // dV += Pᵀ dZ
+      product(n, m, d, transposed(ds), q, i, dk, 0, i > 0);        // dK += dSᵀ Q
+      product(m, n, d, rows_of(ds), key, 0, dq, i);                // dQ = dS K
     }
   }
 };
 
-// ---------------------------------------------------------------- all windows
-int64_t most_tokens(const Windows& g) { return std::min(g.M, g.H) * std::min(g.M, g.W); }
+// Where head i % heads of window i / heads lies: rows x columns of real tokens.
+struct Place {
+  const Windows& g;
+  int64_t channel, strip, rows, columns;
 
-// From the first of a window's tokens, in (B, H, W, 3C), on: Q, K and V of one head.
-template <class T, class H>
-void gather_qkv(const Grid& grid, const T* token, const Windows& g, int64_t head, H& h) {
-  const int64_t C = g.channels();
-  gather(grid, token + head * g.d, 3 * C, g.d, h.q);
-  gather(grid, token + head * g.d + C, 3 * C, g.d, h.key);
-  gather(grid, token + head * g.d + 2 * C, 3 * C, g.d, h.v);
+  Place(const Windows& g, int64_t i) : g(g), channel(i % g.heads * g.d), strip(g.first_strip(i / g.heads)) {
+    const Strip t = g.strip(strip);
+    rows = std::min(g.M, g.H - t.y), columns = t.tokens;
+  }
+  Strip row(int64_t y) const { return g.strip(strip + y * g.w); }
+  int64_t token(int64_t y) const { return g.token(row(y).b, row(y).y, row(y).x); }
+};
+
+// The head's channels of the map (B, H, W, C), or of a third of one, `stride` numbers to a token.
+template <class T>
+VECTORISED void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
+  for (int64_t y = 0; y < at.rows; ++y)
+    for (int64_t x = 0; x < at.columns; ++x) {
+      const T* token = map + (at.token(y) + x) * stride + at.channel;
+      Sum<T>* row = to.row(y * at.columns + x);
+      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(row + j, load<L>(token + j)); });
+    }
 }
 
-// Z += F(V), equation (5), and its backward: row by row of a window, from its first strip on.
 template <class T>
-VECTORISED void lim(const Windows& g, int64_t first, const Grid& grid, int64_t head, int64_t k, const T* v,
-                    const Sum<T>* taps, const Sum<T>* bias, Matrix<Sum<T>>& z) {
-  for (int64_t y = 0; y < grid.rows; ++y)
-    add_lim(g, g.strip(first + y * g.w), head, k, v, taps, bias, z.row(y * grid.columns), z.stride);
+VECTORISED void scatter(const Place& at, Matrix<Sum<T>>& from, Sum<T> scale, T* map, int64_t stride) {
+  for (int64_t y = 0; y < at.rows; ++y)
+    for (int64_t x = 0; x < at.columns; ++x) {
+      T* token = map + (at.token(y) + x) * stride + at.channel;
+      const Sum<T>* row = from.row(y * at.columns + x);
+      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(token + j, load<L>(row + j) * scale); });
+    }
+}
+
+// Z += F(V), equation (5), and its backward.
+template <class T>
+VECTORISED void lim(const Place& at, int64_t k, const T* v, const Sum<T>* weight, const Sum<T>* bias,
+                    Matrix<Sum<T>>& z) {
+  for (int64_t y = 0; y < at.rows; ++y)
+    add_lim(at.g, at.row(y), at.channel, k, v, weight, bias, z.row(y * at.columns), z.stride);
 }
 
 template <class T>
-VECTORISED void lim_backward(const Windows& g, int64_t first, const Grid& grid, int64_t head, int64_t k, const T* grad,
-                             const T* v, const Sum<T>* taps, Sum<T>* sums, Matrix<Sum<T>>& dv) {
-  for (int64_t y = 0; y < grid.rows; ++y)
-    add_lim_backward(g, g.strip(first + y * g.w), head, k, grad, v, taps, sums, dv.row(y * grid.columns), dv.stride);
+VECTORISED void lim_backward(const Place& at, int64_t k, const T* grad, const T* v, const Sum<T>* weight, Sum<T>* sums,
+                             Matrix<Sum<T>>& dv) {
+  for (int64_t y = 0; y < at.rows; ++y)
+    add_lim_backward(at.g, at.row(y), at.channel, k, grad, v, weight, sums, dv.row(y * at.columns), dv.stride);
 }
 
 }  // namespace
 
-void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* taps, const void* bias, void* out) {
+void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias, void* out) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* map = (const T*)qkv;
+    const int64_t C = g.channels();
     at::parallel_for(0, g.count() * g.heads, 1, [&](int64_t begin, int64_t end) {
-      Head<Sum<T>> h(most_tokens(g), g.d);
+      Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t head = i % g.heads, first = g.first_strip(i / g.heads);
-        const Strip t = g.strip(first);
-        const Grid grid = {std::min(g.M, g.H - t.y), t.tokens, g.W};
-        const int64_t C = g.channels(), token = g.token(t.b, t.y, t.x);
-        gather_qkv(grid, map + token * 3 * C, g, head, h);
-        h.attend(grid.tokens());
-        lim(g, first, grid, head, k, map + 2 * C, (const Sum<T>*)taps, (const Sum<T>*)bias, h.z);
-        scatter(grid, h.z, Sum<T>(1), g.d, (T*)out + token * C + head * g.d, C);
+        const Place at(g, i);
+        gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
+        h.attend(at.rows * at.columns);
+        lim(at, k, map + 2 * C, (const Sum<T>*)weight, (const Sum<T>*)bias, h.z);
+        scatter(at, h.z, Sum<T>(1), (T*)out, C);
       }
     });
   });
 }
 
-void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* taps,
-                        void* dqkv, void* dweight, void* dbias) {
+void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
+                        void* dqkv, void* dweight, void* dbias, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T *map = (const T*)qkv, *dout = (const T*)grad;
-    const int64_t C = g.channels(), d = g.d;
-    sum_in_parts(g.count(), C, k, (Sum<T>*)dweight, (Sum<T>*)dbias, [&](Sum<T>* sums, int64_t begin, int64_t end) {
-      HeadBackward<Sum<T>> h(most_tokens(g), d);
+    const int64_t C = g.channels();
+    T* to = (T*)dqkv;
+    const auto work = [&](Sum<T>* sums, int64_t begin, int64_t end) {
+      Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
       for (int64_t i = begin * g.heads; i < end * g.heads; ++i) {
-        const int64_t head = i % g.heads, first = g.first_strip(i / g.heads);
-        const Strip t = g.strip(first);
-        const Grid grid = {std::min(g.M, g.H - t.y), t.tokens, g.W};
-        const int64_t token = g.token(t.b, t.y, t.x);
-        T* to = (T*)dqkv + token * 3 * C + head * d;
-        gather_qkv(grid, map + token * 3 * C, g, head, h);
-        gather(grid, dout + token * C + head * d, C, d, h.dz);
-        h.attend_backward(grid.tokens());
-        lim_backward(g, first, grid, head, k, dout, map + 2 * C, (const Sum<T>*)taps, sums, h.dv);
-        scatter(grid, h.dq, h.scale, d, to, 3 * C);
-        scatter(grid, h.dk, h.scale, d, to + C, 3 * C);
-        scatter(grid, h.dv, Sum<T>(1), d, to + 2 * C, 3 * C);
+        const Place at(g, i);
+        gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
+        gather(at, dout, C, h.dz);
+        h.attend_backward(at.rows * at.columns);
+        lim_backward(at, k, dout, map + 2 * C, (const Sum<T>*)weight, sums, h.dv);
+        scatter(at, h.dq, h.scale, to, 3 * C), scatter(at, h.dk, h.scale, to + C, 3 * C);
+        scatter(at, h.dv, Sum<T>(1), to + 2 * C, 3 * C);
       }
-    });
+    };
+    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
   });
 }

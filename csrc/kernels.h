@@ -1,5 +1,5 @@
-// The kernels that ops.cpp calls.  Pointers are to contiguous tensors, except z.  `Sum` is the type that sums are formed
-// in: double for Float64, else float.
+// The kernels, on the CPU (cpu.cpp, iwsa.cpp) and the GPU (cuda.cu).  Pointers are to contiguous tensors, except z.
+// Numbers are of `type`, and sums (weight, bias, their gradients, parts) in double for Float64, else in float.
 #pragma once
 #include "windows.h"
 #if defined(WITH_CUDA) || defined(__CUDACC__)
@@ -8,30 +8,32 @@
 
 enum class Type { Float32, Float64, BFloat16, Float16 };
 
-namespace cpu {  // cpu.cpp, iwsa.cpp
+// The weight's gradient is summed in parts and then over the parts, in an order that the shape alone decides: the same
+// bits in every run.  `parts` (sum_parts, k² + 1, C) is room for them; its last row is the bias's.
+constexpr int64_t sum_parts = 256;
+
+namespace cpu {
 
 // map (B, H, W, 3C) -> windows (3, B·h·w, heads, M², d) with zeros beyond the border, or, `backward`, the other way.
 void partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward);
 
-// out (B, H, W, C) = z in place + depthwise k x k convolution of V.  weight (k, k, C) and bias (C) in Sum.
+// out (B, H, W, C) = z in place + depthwise k x k convolution of V.  weight (k, k, C) and bias (C).
 void merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
                const void* weight, const void* bias, void* out);
 
-// dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), and, in Sum, dweight (C, 1, k, k) and dbias (C).
+// dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), dweight (C, 1, k, k) and dbias (C).
 void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                        void* dz, void* dqkv, void* dweight, void* dbias);
+                        void* dz, void* dqkv, void* dweight, void* dbias, void* parts);
 
 // qkv (B, H, W, 3C) -> out (B, H, W, C): partition, attention, merge and LIM in one pass.
 void iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias, void* out);
 void iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                   void* dqkv, void* dweight, void* dbias);
+                   void* dqkv, void* dweight, void* dbias, void* parts);
 
 }  // namespace cpu
 
 #if defined(WITH_CUDA) || defined(__CUDACC__)
-constexpr int64_t cuda_parts = 256;
-
-namespace cuda {  // cuda.cu: the same; parts (cuda_parts, k² + 1, C) in Sum is room for sums of the weight's gradient
+namespace cuda {
 
 cudaError_t partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward, cudaStream_t stream);
 cudaError_t merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,

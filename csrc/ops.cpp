@@ -1,20 +1,27 @@
-// What ops.py calls: each function makes the tensors that go out and starts the kernel of the device.  What comes in is
-// checked in ops.py.
+// What ops.py calls, with checked arguments: each function makes the tensors that go out and starts the device's kernel.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "kernels.h"
+
+// RUN starts a kernel on t's device, on a GPU on its current stream.  tests/cuda_on_cpu runs the GPU's kernels on a CPU: it
+// says yes to ON_CUDA always.
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#endif
-
-#include "kernels.h"
-
-// Whether the GPU's kernels take this tensor.  tests/cuda_on_cpu runs them on a CPU, where the answer is always yes.
 #ifndef ON_CUDA
-#define ON_CUDA(tensor) (tensor).is_cuda()
+#define ON_CUDA(t) (t).is_cuda()
+#endif
+#define RUN(t, kernel, ...)                                                                 \
+  if (ON_CUDA(t)) {                                                                         \
+    const c10::cuda::CUDAGuard guard((t).device());                                         \
+    C10_CUDA_CHECK(cuda::kernel(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()));  \
+  } else                                                                                    \
+    cpu::kernel(__VA_ARGS__)
+#else
+#define RUN(t, kernel, ...) cpu::kernel(__VA_ARGS__)
 #endif
 
 namespace {
@@ -40,31 +47,15 @@ Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();
 }
 
-// Calls f, which starts kernels, on the current stream of t's device.
-#ifdef WITH_CUDA
-template <class F>
-void on_stream(const Tensor& t, F f) {
-  const c10::cuda::CUDAGuard guard(t.device());
-  C10_CUDA_CHECK(f(c10::cuda::getCurrentCUDAStream().stream()));
-}
-#endif
-
-void run_partition(const Windows& g, const Tensor& map, const Tensor& windows, bool backward) {
-#ifdef WITH_CUDA
-  if (ON_CUDA(map))
-    return on_stream(map, [&](cudaStream_t stream) {
-      return cuda::partition(g, map.element_size(), map.data_ptr(), windows.data_ptr(), backward, stream);
-    });
-#endif
-  cpu::partition(g, map.element_size(), map.data_ptr(), windows.data_ptr(), backward);
-}
+// Room for the partial sums of the gradients of weight and bias.
+Tensor parts_for(const Tensor& w) { return at::empty({sum_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options()); }
 
 // (B, H, W, 3C) -> (3, B·windows, heads, M², d)
 Tensor window_partition(const Tensor& qkv, int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
   const Tensor map = qkv.contiguous();
   const Tensor windows = at::empty({3, g.count(), heads, window * window, g.d}, map.options());
-  run_partition(g, map, windows, false);
+  RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), false);
   return windows;
 }
 
@@ -73,7 +64,7 @@ Tensor window_partition_backward(const Tensor& grad, int64_t H, int64_t W, int64
   Windows g = {1, H, W, grad.size(2), grad.size(4), window};
   g.B = grad.size(1) / g.count();
   const Tensor windows = grad.contiguous(), map = at::empty({g.B, H, W, 3 * g.channels()}, windows.options());
-  run_partition(g, map, windows, true);
+  RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), true);
   return map;
 }
 
@@ -84,15 +75,8 @@ Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight
   const Tensor in = z.stride(3) == 1 ? z : z.contiguous();
   const Strides strides = {in.stride(0), in.stride(1), in.stride(2)};
   const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
-  const auto run = [&](auto kernel, auto... stream) {
-    return kernel(g, type_of(map), weight.size(2), in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(),
-                  out.data_ptr(), stream...);
-  };
-#ifdef WITH_CUDA
-  if (ON_CUDA(map)) on_stream(map, [&](cudaStream_t stream) { return run(cuda::merge_lim, stream); });
-  else
-#endif
-    run(cpu::merge_lim);
+  RUN(map, merge_lim, g, type_of(map), w.size(0), in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(),
+      out.data_ptr());
   return out;
 }
 
@@ -101,21 +85,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
                                                                      const Tensor& weight, int64_t heads,
                                                                      int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
-  const int64_t k = weight.size(2), C = g.channels();
-  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous();
+  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous(), parts = parts_for(w);
   const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
-  const Tensor dweight = at::empty({C, 1, k, k}, w.options()), dbias = at::empty({C}, w.options());
-  const auto run = [&](auto kernel, auto... room) {
-    return kernel(g, type_of(map), k, from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(),
-                  dweight.data_ptr(), dbias.data_ptr(), room...);
-  };
-#ifdef WITH_CUDA
-  const Tensor parts = ON_CUDA(map) ? at::empty({cuda_parts, k * k + 1, C}, w.options()) : Tensor();
-  if (ON_CUDA(map))
-    on_stream(map, [&](cudaStream_t stream) { return run(cuda::merge_lim_backward, parts.data_ptr(), stream); });
-  else
-#endif
-    run(cpu::merge_lim_backward);
+  const Tensor dweight = at::empty(weight.sizes(), w.options()), dbias = at::empty({g.channels()}, w.options());
+  RUN(map, merge_lim_backward, g, type_of(map), w.size(0), from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(),
+      dqkv.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
   return {dz, dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }
 
@@ -124,7 +98,7 @@ Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t
   const Windows g = windows_of(qkv, heads, window);
   const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = qkv.contiguous();
   const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
-  cpu::iwsa(g, type_of(map), weight.size(2), map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
+  cpu::iwsa(g, type_of(map), w.size(0), map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
   return out;
 }
 
@@ -132,11 +106,11 @@ Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t
 std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
                                                  int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
-  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous();
+  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous(), parts = parts_for(w);
   const Tensor dqkv = at::empty_like(map), dweight = at::empty(weight.sizes(), w.options());
   const Tensor dbias = at::empty({g.channels()}, w.options());
-  cpu::iwsa_backward(g, type_of(map), weight.size(2), from.data_ptr(), map.data_ptr(), w.data_ptr(), dqkv.data_ptr(),
-                     dweight.data_ptr(), dbias.data_ptr());
+  cpu::iwsa_backward(g, type_of(map), w.size(0), from.data_ptr(), map.data_ptr(), w.data_ptr(), dqkv.data_ptr(),
+                     dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
   return {dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }
 
