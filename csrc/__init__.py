@@ -4,8 +4,8 @@
     model = fuse(scalablevit_s())       # the same parameters, the same state dict; IWSA runs in one pass over memory
     model = unfuse(model)               # as it was
 
-scalablevit.py knows nothing of this package.  `fuse` gives a layer a subclass of its own class that overrides `forward`,
-and does so only where the kernels compute what the layer does.
+scalablevit.py knows nothing of this package.  `fuse` gives a layer a subclass of its class that overrides `forward`, and
+only where the kernels compute what the layer does.
 """
 import copy
 import math
@@ -24,14 +24,18 @@ LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer and 
 register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])
 
 
-def has_hooks(layer):
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-                or "forward" in vars(layer))
+def hooks_of(layer):
+    return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+
+
+def is_bare(layer):
+    """Whether a call of the layer runs its class's forward and nothing else."""
+    return not any(hooks_of(layer)) and "forward" not in vars(layer)
 
 
 def is_plain_lim(lim):
     """Whether LIM is a depthwise convolution as `scalablevit.depthwise` makes it, with nothing attached to it."""
-    if type(lim) is not nn.Conv2d or has_hooks(lim) or lim.bias is None:
+    if type(lim) is not nn.Conv2d or not is_bare(lim) or lim.bias is None:
         return False
     k, C = lim.kernel_size[0], lim.in_channels
     own = (lim.kernel_size, lim.padding, lim.stride, lim.dilation, lim.padding_mode, lim.groups, lim.out_channels)
@@ -59,10 +63,9 @@ class FusedIWSA(IWSA):
 
 def takes_onednn(x, layer):
     """Whether oneDNN's linear layer can compute this one: inference on a CPU."""
-    eager = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-                 or torch.jit.is_tracing())
-    return (eager and x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
-            and x.shape[-1] == layer.in_features)
+    return (x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
+            and x.shape[-1] == layer.in_features
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()))
 
 
 class FusedLinear(nn.Linear):
@@ -78,7 +81,7 @@ class FusedMLP(nn.Sequential):
     def forward(self, x):
         fc1, gelu, fc2 = self
         plain = type(fc1) is FusedLinear and type(gelu) is nn.GELU and gelu.approximate == "none"
-        if not plain or has_hooks(fc1) or has_hooks(gelu) or not takes_onednn(x, fc1):
+        if not (plain and is_bare(fc1) and is_bare(gelu) and takes_onednn(x, fc1)):
             return super().forward(x)
         return fc2(LINEAR(x, fc1.weight, fc1.bias, "gelu", [], "none"))
 
@@ -100,10 +103,8 @@ def computes_the_same(layer):
     """
     generator = torch.Generator().manual_seed(0)
     layer = copy.deepcopy(layer).to("cpu", torch.float64)
-    for module in layer.modules():                                  # a probe is not for hooks to see
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                      module._backward_pre_hooks):
-            hooks.clear()
+    for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
+        hooks.clear()                                               # a probe is not for them to see
     for p in layer.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p[0].numel(), 1) ** 0.5
         p.requires_grad_()
@@ -124,7 +125,7 @@ def computes_the_same(layer):
 
 def fuse(model):
     """Let `model` run on the kernels, in place.  Which IWSA is left alone is said in one line, and why."""
-    alone = {}
+    alone = []
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
             layer.__class__ = FusedLinear
@@ -136,17 +137,15 @@ def fuse(model):
                     conv.__class__ = FusedDepthwise
         elif any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) and type(layer) is not FusedIWSA:
             if type(layer) is not IWSA:
-                reason = f"{type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA itself"
+                alone.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA itself)")
             elif not is_plain_lim(layer.lim):
-                reason = "its LIM is no plain depthwise convolution"
+                alone.append(f"{name} (its LIM is no plain depthwise convolution)")
             elif not computes_the_same(layer):
-                reason = "it computes something else than the kernels do"
+                alone.append(f"{name} (it computes something else than the kernels do)")
             else:
                 layer.__class__ = FusedIWSA
-                continue
-            alone.setdefault(reason, []).append(name)
     if alone:
-        print("fuse left alone: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in alone.items()))
+        print(f"fuse left alone: {', '.join(alone)}")
     return model
 
 

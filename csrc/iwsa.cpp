@@ -1,11 +1,9 @@
 // IWSA on the CPU in one pass: all that lies between its two linear layers, (B, H, W, 3C) -> (B, H, W, C).
 //
-// A ladder of three rungs, plain PyTorch (scalablevit.py), partition and merge + LIM around PyTorch's attention (cpu.cpp),
-// and this: a thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in the cache,
-// attends, adds LIM, and writes the result to its place in the map.  Neither windows nor attention matrices ever reach
-// memory.  A window that the border cuts is gathered without what lies beyond, so that nothing has to be masked.
-//
-// The backward pass computes attention again from the same input.  All numbers are float here, double for float64.
+// The last rung of a ladder: plain PyTorch (scalablevit.py); partition and merge + LIM around PyTorch's attention (cpu.cpp);
+// and this.  A thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in the cache,
+// attends, adds LIM and writes the result to its place: windows and attention matrices never reach memory.  Where the border
+// cuts a window, its real tokens alone are gathered, and nothing is masked.  The backward pass computes attention again.
 #include <cmath>
 
 #include "cpu.h"
@@ -14,6 +12,13 @@ namespace {
 
 constexpr int64_t LANES = 16, WIDTH = 2 * LANES;
 constexpr int64_t QUERIES = 56;  // taken at a time, so that the scores of a large window need not be stored whole
+
+// The left factor of a product: number (i, j) lies at numbers[i * row + j * column], so that it may be a transposed.
+template <class A>
+struct Left {
+  A* numbers;
+  int64_t row, column;
+};
 
 // A matrix of the buffers: rows begin at multiples of 32 numbers and end with padding.
 template <class A>
@@ -24,27 +29,13 @@ struct Matrix {
   int64_t stride;  // from row to row
   std::vector<Line> lines;
 
-  Matrix(int64_t rows, int64_t columns)
-      : stride((columns + WIDTH - 1) / WIDTH * WIDTH), lines(rows * stride / WIDTH) {}
+  Matrix(int64_t rows, int64_t columns) : stride((columns + WIDTH - 1) / WIDTH * WIDTH), lines(rows * stride / WIDTH) {}
   A* row(int64_t i) { return lines.data()->numbers + i * stride; }
+  Left<A> from(int64_t i) { return {row(i), stride, 1}; }
+  Left<A> transposed() { return {row(0), 1, stride}; }
 };
 
 // ---------------------------------------------------------------- matrix product
-// The left factor of a product: number (i, j) lies at numbers[i * row + j * column], so that it may be a transposed.
-template <class A>
-struct Left {
-  A* numbers;
-  int64_t row, column;
-};
-template <class A>
-Left<A> rows_of(Matrix<A>& m, int64_t first = 0) {
-  return {m.row(first), m.stride, 1};
-}
-template <class A>
-Left<A> transposed(Matrix<A>& m) {
-  return {m.row(0), 1, m.stride};
-}
-
 // out = a b, or += : `rows` x 2 x 16 numbers of out stay in registers while j runs over the inner dimension.
 template <int rows, class A>
 INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t b_row, A* out, int64_t out_row,
@@ -172,9 +163,8 @@ struct Head {
       : d(d), scale(1 / std::sqrt(A(d))), q(n, d), key(n, d), v(n, d), key_t(d, n), p(std::min(QUERIES, n), n), z(n, d),
         dz(n, d), v_t(d, n), ds(std::min(QUERIES, n), n), dq(n, d), dk(n, d), dv(n, d) {}
 
-  // P for m queries from i on and n keys.
   void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, d, n, rows_of(q, i), key_t, 0, p, 0);
+    product(m, d, n, q.from(i), key_t, 0, p, 0);
     softmax(m, n, scale, p);
   }
 
@@ -183,7 +173,7 @@ struct Head {
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
       scores(i, m, n);
-      product(m, n, d, rows_of(p), v, 0, z, i);
+      product(m, n, d, p.from(0), v, 0, z, i);
     }
   }
 
@@ -194,11 +184,11 @@ struct Head {
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
       scores(i, m, n);                                             // P
-      product(m, d, n, rows_of(dz, i), v_t, 0, ds, 0);             // dP = dZ Vᵀ
+      product(m, d, n, dz.from(i), v_t, 0, ds, 0);             // dP = dZ Vᵀ
       softmax_backward(m, n, p, ds);                               // dS, in place of dP
-      product(n, m, d, transposed(p), dz, i, dv, 0, i > 0);        // dV += Pᵀ dZ
-      product(n, m, d, transposed(ds), q, i, dk, 0, i > 0);        // dK += dSᵀ Q
-      product(m, n, d, rows_of(ds), key, 0, dq, i);                // dQ = dS K
+      product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);        // dV += Pᵀ dZ
+      product(n, m, d, ds.transposed(), q, i, dk, 0, i > 0);        // dK += dSᵀ Q
+      product(m, n, d, ds.from(0), key, 0, dq, i);                // dQ = dS K
     }
   }
 };
@@ -208,10 +198,9 @@ struct Place {
   const Windows& g;
   int64_t channel, strip, rows, columns;
 
-  Place(const Windows& g, int64_t i) : g(g), channel(i % g.heads * g.d), strip(g.first_strip(i / g.heads)) {
-    const Strip t = g.strip(strip);
-    rows = std::min(g.M, g.H - t.y), columns = t.tokens;
-  }
+  Place(const Windows& g, int64_t i)
+      : g(g), channel(i % g.heads * g.d), strip(g.first_strip(i / g.heads)), rows(std::min(g.M, g.H - row(0).y)),
+        columns(row(0).tokens) {}
   Strip row(int64_t y) const { return g.strip(strip + y * g.w); }
   int64_t token(int64_t y) const { return g.token(row(y).b, row(y).y, row(y).x); }
 };
@@ -219,22 +208,20 @@ struct Place {
 // The head's channels of the map (B, H, W, C), or of a third of one, `stride` numbers to a token.
 template <class T>
 VECTORISED void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
-  for (int64_t y = 0; y < at.rows; ++y)
-    for (int64_t x = 0; x < at.columns; ++x) {
-      const T* token = map + (at.token(y) + x) * stride + at.channel;
-      Sum<T>* row = to.row(y * at.columns + x);
-      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(row + j, load<L>(token + j)); });
-    }
+  for (int64_t i = 0, y = 0; y < at.rows; ++y) {
+    const T* token = map + at.token(y) * stride + at.channel;
+    for (int64_t x = 0; x < at.columns; ++x, ++i, token += stride)
+      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(to.row(i) + j, load<L>(token + j)); });
+  }
 }
 
 template <class T>
 VECTORISED void scatter(const Place& at, Matrix<Sum<T>>& from, Sum<T> scale, T* map, int64_t stride) {
-  for (int64_t y = 0; y < at.rows; ++y)
-    for (int64_t x = 0; x < at.columns; ++x) {
-      T* token = map + (at.token(y) + x) * stride + at.channel;
-      const Sum<T>* row = from.row(y * at.columns + x);
-      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(token + j, load<L>(row + j) * scale); });
-    }
+  for (int64_t i = 0, y = 0; y < at.rows; ++y) {
+    T* token = map + at.token(y) * stride + at.channel;
+    for (int64_t x = 0; x < at.columns; ++x, ++i, token += stride)
+      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(token + j, load<L>(from.row(i) + j) * scale); });
+  }
 }
 
 // Z += F(V), equation (5), and its backward.

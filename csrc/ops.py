@@ -114,10 +114,6 @@ def iwsa_backward(grad, qkv, weight, heads, M):
 
 
 # ---------------------------------------------------------------------------- gradients
-def differentiable(op, backward, save):
-    register_autograd(f"scalablevit::{op}", backward, setup_context=lambda ctx, inputs, output: save(ctx, *inputs))
-
-
 def save_partition(ctx, qkv, heads, M):
     ctx.heads, ctx.size = heads, (*qkv.shape[1:3], M)
 
@@ -128,47 +124,49 @@ def save_partition_backward(ctx, grad, *size):
 
 def save_iwsa(ctx, qkv, weight, bias, heads, M):
     ctx.save_for_backward(qkv, weight)
-    ctx.heads, ctx.M = heads, M
+    ctx.sizes = heads, M
+
+
+def save_merge_lim(ctx, z, qkv, weight, bias, M):
+    save_iwsa(ctx, qkv, weight, bias, z.shape[1], M)
 
 
 def no_second_derivative(ctx, *grads):
     raise NotImplementedError("the kernels have no second derivative of LIM or IWSA: scalablevit_kernels.unfuse(model)")
 
 
-differentiable("window_partition", lambda ctx, grad: (ops.window_partition_backward(grad, *ctx.size), None, None),
-               save_partition)
-differentiable("window_partition_backward",
-               lambda ctx, grad: (ops.window_partition(grad, ctx.heads, ctx.size[2]), None, None, None),
-               save_partition_backward)
-differentiable("window_merge_lim",
-               lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None),
-               lambda ctx, z, qkv, weight, bias, M: save_iwsa(ctx, qkv, weight, bias, z.shape[1], M))
-differentiable("iwsa", lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, ctx.heads, ctx.M), None, None),
-               save_iwsa)
-for name in "window_merge_lim_backward", "iwsa_backward":
-    differentiable(name, no_second_derivative, lambda ctx, *inputs: None)
+for name, save, backward in (
+        ("window_partition", save_partition,
+         lambda ctx, grad: (ops.window_partition_backward(grad, *ctx.size), None, None)),
+        ("window_partition_backward", save_partition_backward,
+         lambda ctx, grad: (ops.window_partition(grad, ctx.heads, ctx.size[2]), None, None, None)),
+        ("window_merge_lim", save_merge_lim,
+         lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.sizes), None)),
+        ("iwsa", save_iwsa, lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None)),
+        ("window_merge_lim_backward", lambda ctx, *inputs: None, no_second_derivative),
+        ("iwsa_backward", lambda ctx, *inputs: None, no_second_derivative)):
+    register_autograd(f"scalablevit::{name}", backward,
+                      setup_context=lambda ctx, inputs, output, save=save: save(ctx, *inputs))
 
 
-# ---------------------------------------------------------------------------- cost, as PyTorch's counter has it of the plain form
-def lim_flop(grad, weight, backward):                               # grad: a shape (B, H, W, C)
-    image = (grad[0], grad[3], *grad[1:3])
-    if not backward:
-        return conv_flop(image, weight, None, None, None, None, False, out_val=image)
-    return conv_backward_flop(image, image, weight, None, None, None, None, False, None, grad[3], (True, True, True),
-                              out_val=(image, weight, (grad[3],)))
+# ---------------------------------------------------------------------------- cost, as PyTorch counts the plain form's
+def flop(shape, weight, backward, heads=None, M=None):              # shape: (B, H, W, C); heads and M: with attention
+    B, H, W, C = shape
+    image = (B, C, H, W)
+    if backward:
+        lim = conv_backward_flop(image, image, weight, None, None, None, None, False, None, C, (True, True, True),
+                                 out_val=(image, weight, (C,)))
+    else:
+        lim = conv_flop(image, weight, None, None, None, None, False, out_val=image)
+    if heads is None:
+        return lim
+    n, d = B * windows(H, W, M) * heads, C // heads                 # whole windows; what is computed again counts once
+    return lim + (4 if backward else 2) * bmm_flop((n, M * M, d), (n, d, M * M))
 
 
-def iwsa_flop(grad, weight, heads, M, backward):                    # whole windows; nothing is counted twice
-    n, d = grad[0] * windows(*grad[1:3], M) * heads, grad[3] // heads
-    products = (4 if backward else 2) * bmm_flop((n, M * M, d), (n, d, M * M))
-    return products + lim_flop(grad, weight, backward)
-
-
-register_flop_formula(ops.window_merge_lim)(
-    lambda z, qkv, weight, *_, out_shape, **__: lim_flop(out_shape, weight, False))
-register_flop_formula(ops.window_merge_lim_backward)(
-    lambda grad, qkv, weight, *_, **__: lim_flop(grad, weight, True))
-register_flop_formula(ops.iwsa)(
-    lambda qkv, weight, bias, heads, M, out_shape, **_: iwsa_flop(out_shape, weight, heads, M, False))
-register_flop_formula(ops.iwsa_backward)(
-    lambda grad, qkv, weight, heads, M, **_: iwsa_flop(grad, weight, heads, M, True))
+for op, formula in (
+        (ops.window_merge_lim, lambda z, qkv, weight, *_, out_shape, **__: flop(out_shape, weight, False)),
+        (ops.window_merge_lim_backward, lambda grad, qkv, weight, *_, **__: flop(grad, weight, True)),
+        (ops.iwsa, lambda qkv, weight, bias, *sizes, out_shape, **_: flop(out_shape, weight, False, *sizes)),
+        (ops.iwsa_backward, lambda grad, qkv, weight, *sizes, **_: flop(grad, weight, True, *sizes))):
+    register_flop_formula(op)(formula)

@@ -1,10 +1,8 @@
 // The index arithmetic of the operators, written once for the CPU and the GPU.
 //
-// A map (B, H, W, channels) is cut into h x w windows of M x M tokens; at the right and the bottom border windows
-// reach beyond the map.  Most kernels work in strips: a strip is the M tokens that one window has in one row.  They lie
-// side by side in the map and in the window, so that a kernel divides once per strip and only adds within it.
-//
-// Whatever counts elements of a tensor is 64-bit: a tensor may have more than 2^31 of them.
+// A map (B, H, W, channels) is cut into h x w windows of M x M tokens; at the right and the bottom border they reach beyond
+// it.  A strip is the M tokens that one window has in one row.  They lie side by side in the map and in the window, so that
+// a kernel divides once per strip and only adds within it.  Tensors may have more than 2^31 elements: counts are 64-bit.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +15,7 @@
 struct Strip {
   int64_t b, y, x;           // image, row and column of its first token
   int64_t window, position;  // the window, 0 .. B·h·w, and that token's place in it, 0 .. M²
-  int64_t tokens;            // how many of the M tokens are on the map; W where a whole row is done as one (cpu.cpp)
+  int64_t tokens;            // how many of the M tokens are on the map
 };
 
 struct Windows {
@@ -33,9 +31,6 @@ struct Windows {
     const int64_t row = s / w, b = row / (h * M), y = row % (h * M), x = s % w * M;
     return {b, y, x, (b * h + y / M) * w + s % w, y % M * M, y >= H ? 0 : W - x < M ? W - x : M};
   }
-
-  // A row's first strip; its w strips are one after the other.
-  HOST_DEVICE int64_t first_in_row(int64_t b, int64_t y) const { return (b * h * M + y) * w; }
 
   // A window's first strip; its M strips are w apart.
   HOST_DEVICE int64_t first_strip(int64_t window) const { return window / w * M * w + window % w; }
