@@ -349,8 +349,8 @@ def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern,
         if not 0 < n <= 1 or abs(round(n ** -0.5) ** 2 * n - 1) > 1e-6:
             raise ValueError(f"rn must be 1/integer² (1, 1/4, 1/9, 1/16, ...), got {n}")
         C, scaled = dim * 2 ** i, int(dim * 2 ** i * c)                                 # C'
-        if C % h or "ssa" in pattern and n < 1 and (scaled < 1 or scaled % h):
-            raise ValueError(f"heads must divide C and C' = int(C·rc), got heads={h}, C={C}, rc={c}, C'={scaled}")
+        if C % h or not c > 0 or "ssa" in pattern and n < 1 and (scaled < 1 or scaled % h):
+            raise ValueError(f"heads must divide C and C' = int(C·rc) > 0, got heads={h}, C={C}, rc={c}, C'={scaled}")
 
 
 def init_weights(module):
