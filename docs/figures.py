@@ -7,8 +7,8 @@
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
-FILE is a checkpoint of train_minimal.py, a published model, or a mere state dict.  Size and pattern of that one are read
-off the parameters, which do not tell SWSA from WSA, nor a window from another: windows of 7 are taken, not shifted.
+FILE is a checkpoint of train_minimal.py, a published model, or a plain state dict.  What "config" in it does not say is
+read off the parameters.  They do not tell SWSA from WSA, nor the size of windows: 7 is taken, not shifted.
 """
 import argparse
 import json
@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
 import semantic_fpn  # noqa: E402
 from scalablevit import (  # noqa: E402
-    ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s, scalablevit_tiny)
+    ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
+    scalablevit_tiny)
 
 matplotlib.use("Agg")                       # into files, not onto a screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -184,7 +185,8 @@ def macs_by_part(model, side):
     flops = counter.get_flop_counts()                               # two for each multiply-accumulate
     products = {name: flops[f"ScalableViT.{name}"][torch.ops.aten.bmm]
                 for name, _ in model.named_modules() if name.endswith(".attn")}
-    both, ssa = sum(products.values()), sum(n for name, n in products.items() if isinstance(model.get_submodule(name), SSA))
+    both = sum(products.values())
+    ssa = sum(n for name, n in products.items() if isinstance(model.get_submodule(name), SSA))
     return [n / 2e9 for n in (counter.get_total_flops() - both, both - ssa, ssa)]
 
 

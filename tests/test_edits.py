@@ -84,8 +84,9 @@ def test_an_edit_shows_after_fuse(name, original, tmp_path):
     """In a process of its own, which finds the edited file under the name that the extension knows."""
     pytest.importorskip("scalablevit_kernels")
     (tmp_path / "scalablevit.py").write_text(edited(name))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run([sys.executable, __file__, tmp_path / "outputs.pt"], capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
+                            env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
     plain, fused, layers = torch.load(tmp_path / "outputs.pt")
     for expected, got, before in zip(plain, fused, original):

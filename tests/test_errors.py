@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from scalablevit import ScalableViT, scalablevit_tiny
+from scalablevit import SSA, ScalableViT, scalablevit_tiny
 
 SMALL = dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.0, 1.0), rn=(1 / 4, 1), num_classes=3, head_hidden=None)
 
@@ -45,10 +45,15 @@ def test_bad_arguments(bad, words):
 
 @pytest.mark.parametrize("good", [
     {}, dict(heads=[1, 2], depths=[1, 2]), dict(heads=(4, 2), rc=(1.25, 1), pattern=("wsa", "swsa")),
-    *(dict(rn=(rn, 1)) for rn in (1, 1 / 4, 1 / 9, 1 / 25, 1 / 49, 1 / 64, 1 / 100, 0.111111111))], ids=str)
+    *(dict(rn=(rn, 1)) for rn in (1, 1 / 4, 1 / 9, 1 / 25, 1 / 49, 1 / 64, 1 / 100))], ids=str)
 def test_what_fits_is_taken(good):
     """Lists too; r_c matters to SSA alone."""
     assert ScalableViT(**(SMALL | good))(torch.zeros(2, 3, 20, 9)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("rn, s", [(0.111111111, 3), (0.1111111112, 3), (1 / 49, 7), (0.020408163, 7), (1, 1)])
+def test_r_n_is_one_over_the_nearest_square(rn, s):
+    assert SSA(8, 2, rn=rn).s == s
 
 
 def test_a_misspelt_argument_is_a_type_error():

@@ -19,8 +19,8 @@ ALL_KINDS = [("iwsa", "ssa"), ("lem", "swsa")]                      # wsa is wha
 def small(**kwargs):
     """Two stages with every layer that the real models have: windows that the border cuts, r_n < 1 and r_n = 1."""
     torch.manual_seed(0)
-    return ScalableViT(**dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.25, 1.0), rn=(1 / 4, 1), window=3, num_classes=5,
-                              head_hidden=16) | kwargs)
+    return ScalableViT(**dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.25, 1.0), rn=(1 / 4, 1), window=3,
+                              num_classes=5, head_hidden=16) | kwargs)
 
 
 def images(B=2, H=36, W=29, dtype=torch.float32, seed=1):
@@ -53,7 +53,10 @@ def test_compile_in_one_graph(pattern):
 
 
 def test_compile_with_inductor():
-    """The real compiler, on one stage of every part, without gradients; finding out about vector instructions takes long."""
+    """The real compiler, on one stage of every part, without gradients.
+
+    For a processor without vector instructions: asking the compiler which there are takes half of the time.
+    """
     model = small(depths=(2,), heads=(2,), rc=(1.25,), rn=(1 / 4,), head_hidden=None).eval()
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, options={"cpp.vec_isa_ok": False})
@@ -103,7 +106,8 @@ def test_float64_and_float32_agree(kwargs, H, W):
 def test_channels_last_input_gives_the_same(kwargs, H, W):
     model, x = ScalableViT(**kwargs).eval(), torch.randn(2, kwargs["in_chans"], H, W)
     with torch.no_grad():
-        torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-5)
+        other = model(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(other, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_moving_to_another_dtype_and_back():

@@ -115,9 +115,9 @@ def test_tables_5b_and_7(peg, kind):
     assert round(parameters(model) / 1e6) == 32
     widths, depths = (64, 128, 256, 512), (2, 2, 20, 2)
     added = 0
-    if kind != "wsa":                                               # 3x3 weights and a bias per channel, every other block
+    if kind != "wsa":                               # 3x3 weights and a bias per channel, every other block
         added += sum(10 * C * depth // 2 for C, depth in zip(widths, depths))
-    if peg:                                                         # the same, once a stage
+    if peg:                                         # the same, once a stage
         added += sum(10 * C for C in widths)
     assert parameters(model) - parameters(base) == added
     first = model.stages[0].blocks[0].attn

@@ -24,7 +24,7 @@ def fill(name, shape):
     def u64(number):
         return np.uint64(number)
 
-    with np.errstate(over="ignore"):                                                    # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):                                # arithmetic modulo 2^64 is meant
         z = u64(zlib.crc32(name.encode()) << 32) + np.arange(np.prod(shape), dtype=np.uint64)
         z += u64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> u64(30))) * u64(0xBF58476D1CE4E5B9)
@@ -48,7 +48,7 @@ def published():
 def test_outputs_of_the_published_model(published):
     """Logits to 1e-9, every block's output to 1e-8."""
     model = scalablevit_s().double().eval()
-    model.load_state_dict(convert_official(published))                                  # strict: every name, every shape
+    model.load_state_dict(convert_official(published))              # strict: every name, every shape
     rms = {}
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage.blocks):
@@ -114,8 +114,9 @@ def test_r_c_scales_the_plain_head_s_last_stage(small_0):
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
-@pytest.mark.parametrize("key", ["stages.0.0.attn.relative_position_bias_table", "patch_embeds.0.proj.gamma", "cls_token",
-                                 "head.2.weight", "stages.0.blocks.0.norm1.weight", "module.norm.weight"])
+@pytest.mark.parametrize("key", [
+    "stages.0.0.attn.relative_position_bias_table", "patch_embeds.0.proj.gamma", "cls_token", "head.2.weight",
+    "stages.0.blocks.0.norm1.weight", "module.norm.weight"])
 def test_an_unknown_name_is_refused_by_name(published, key):
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         convert_official(published | {key: torch.zeros(1)})

@@ -1,4 +1,4 @@
-"""The README: Python is run, command lines are held against the programs they call, names, numbers and links checked."""
+"""The README: its Python runs, its command lines fit the programs, its names, numbers and links are right."""
 import inspect
 import pathlib
 import re
@@ -45,7 +45,8 @@ def command_lines():
             words = shlex.split(line, comments=True)
             for i, word in enumerate(words):
                 if word.endswith(".py"):
-                    programs.setdefault(word, set()).update(w.partition("=")[0] for w in words[i:] if w.startswith("--"))
+                    flags = {w.partition("=")[0] for w in words[i:] if w.startswith("--")}
+                    programs.setdefault(word, set()).update(flags)
                     break
     return programs
 
@@ -85,7 +86,8 @@ def test_the_numbers_are_those_of_the_models(name):
         model = getattr(scalablevit, f"scalablevit_{name}")()
     cost = scalablevit.count_macs(model, (224, 224))
     costs = [cost["modules"] / 1e9, sum(cost.values()) / 1e9]
-    rows = [" ".join(row) for table in TABLES for row in table if row[0].strip("`").lower() in (name, f"scalablevit_{name}")]
+    rows = [" ".join(row) for table in TABLES for row in table
+            if row[0].strip("`").lower().removeprefix("scalablevit_") == name]
     rows = [row for row in rows if f"{sum(p.numel() for p in model.parameters()):,}" in row]
     assert rows, "no row of a table begins with the model's name and has this number of parameters"
     for row in rows:

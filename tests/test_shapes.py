@@ -79,7 +79,7 @@ def test_config_builds_the_same_network_anew(kwargs, classes, rate):
 
 
 def test_the_two_forms_of_the_head():
-    plain, published = scalablevit_tiny(num_classes=7, head_hidden=None), scalablevit_tiny(num_classes=7, head_hidden=32)
+    plain, published = (scalablevit_tiny(num_classes=7, head_hidden=hidden) for hidden in (None, 32))
     assert isinstance(plain.head, nn.Linear)
     assert [type(layer) for layer in published.head] == [nn.Linear, nn.LayerNorm, nn.GELU, nn.Linear]
     assert published.head[0].out_features == published.head[3].in_features == 32

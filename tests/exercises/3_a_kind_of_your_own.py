@@ -2,9 +2,9 @@
 
 Why     Between a window and the whole map there is a cross: every token sees its row and its column (axial attention),
         which reaches every border in one layer and any token in two.
-Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as `WSA` has
-        them (`window` plays no part), and its name "axial" in `ATTENTION`.  `attention` takes any dimensions in front of
-        tokens and channels; `count_macs` counts by itself.
+Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as `WSA`
+        has them (`window` plays no part), and its name "axial" in `ATTENTION`.  `attention` takes any dimensions in
+        front of tokens and channels; `count_macs` counts by itself.
         Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, heads as in `WSA`.
 """
 import torch

@@ -2,9 +2,9 @@
 
 Why     PEG tells positions with convolutions; Swin adds a learned number per head and offset to every score instead,
         and the two can be compared in one line: `peg=False`.
-Where   `WSA` in scalablevit.py: a parameter `bias` (heads, 2M-1, 2M-1), zero at the start, and its use in `attend`, where
-        a small map has a smaller M than the parameter; and `attention`, which knows masks of True and False only: let it
-        add numbers.
+Where   `WSA` in scalablevit.py: a parameter `bias` (heads, 2M-1, 2M-1), zero at the start, and its use in `attend`,
+        where a small map has a smaller M than the parameter; and `attention`, which knows masks of True and False only:
+        let it add numbers.
         Z_n = Softmax(Q_n K_n^T / sqrt(d_k) + b) V_n, where b is bias[head, M-1 + y_k - y_q, M-1 + x_k - x_q].
 """
 import pytest

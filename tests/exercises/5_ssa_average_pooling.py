@@ -1,7 +1,8 @@
 """Exercise 5: SSA that averages.
 
 Why     Equation (3) leaves f_k and f_v open.  A strided convolution learns how to sum up a cell of s x s tokens; the
-        mean has nothing to learn: is the difference worth its weights?  (`docs/ablation.py --results mine.jsonl` can tell.)
+        mean has nothing to learn: is the difference worth its weights?  `docs/ablation.py --results mine.jsonl` can
+        tell.
 Where   `SSA` in scalablevit.py: the first layer of `self.reduce`.
 """
 import pytest
