@@ -5,7 +5,7 @@ Where   `IWSA.__init__` in scalablevit.py, the line of `self.lim`: `depthwise` t
 """
 import torch
 
-from helpers import random_tokens, randomised, plain_pieces, windows_by_hand
+from helpers import plain_pieces, random_tokens, randomised, windows_by_hand
 from scalablevit import IWSA
 from test_receptive_field import field, same_window, where, within
 
