@@ -127,7 +127,8 @@ def main():
     global RESULTS
     parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FILE", help="default: docs/ablation.jsonl")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
+                        help="default: docs/ablation.jsonl")
     args = parser.parse_args()
     seeds, RESULTS = args.seeds, args.results
     if seeds < 1:

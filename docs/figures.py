@@ -7,8 +7,8 @@
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
-FILE is a checkpoint of train_minimal.py or a published model.  Its size and pattern are read off the parameters, which
-do not tell SWSA from WSA, nor a window from another: windows of 7 are taken, not shifted.
+FILE is a checkpoint of train_minimal.py, a published model, or a plain state dict.  What "config" in it does not say is
+read off the parameters.  They do not tell SWSA from WSA, nor the size of windows: 7 is taken, not shifted.
 """
 import argparse
 import json
@@ -20,12 +20,13 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
 import semantic_fpn  # noqa: E402
 from scalablevit import (  # noqa: E402
-    ATTENTION, Block, SSA, ScalableViT, convert_official, init_weights, scalablevit_s,
-                         scalablevit_tiny)
+    ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
+    scalablevit_tiny)
 
 matplotlib.use("Agg")                       # into files, not onto a screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -37,10 +38,10 @@ NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa"
 
 
 # ---------------------------------------------------------------------------- Figure 2
-def network(out, make=scalablevit_s):
+def network(out):
     """One column per stage: what is in it, in order, and the shapes that go in and come out."""
     with torch.device("meta"):
-        model = make()
+        model = scalablevit_s()
     figure, axis = plt.subplots(figsize=(11, 5.2))
 
     def box(x, y, text, colour, height=0.7):
@@ -50,7 +51,7 @@ def network(out, make=scalablevit_s):
     for i, stage in enumerate(model.stages):
         x, (window, scaled), depth = 3.2 * i, (block.attn for block in stage.blocks[:2]), len(stage.blocks)
         C, step = stage.embed.conv.out_channels, 4 * 2 ** i
-        kernel, stride = stage.embed.conv.kernel_size[0], stage.embed.stride
+        kernel, stride = stage.embed.conv.kernel_size[0], stage.embed.conv.stride[0]
         axis.text(x + 1.25, 5.45, f"stage {i + 1}: {depth} blocks", ha="center", weight="bold")
         box(x, 4.5, f"PatchEmbed\n{kernel}x{kernel}, stride {stride}", "#dddddd")
         box(x, 3.5, f"block 1: IWSA | MLP\n{window.window}x{window.window}, {window.heads} heads", "#b8d4f0")
@@ -61,7 +62,7 @@ def network(out, make=scalablevit_s):
             box(x, 0.75, f"blocks 3 to {depth}:\nIWSA and SSA in turn", "#eeeeee")
         axis.text(x + 1.25, 0.2, f"map {i + 1}: {C} x H/{step} x W/{step}", ha="center", fontsize=8.5)
         axis.annotate("", (x + 3.15, 4.85), (x + 2.55, 0.3), arrowprops={"arrowstyle": "->"})
-    axis.text(-1.3, 4.85, f"image\n{model.in_chans} x H x W  →", ha="center", va="center")
+    axis.text(-1.3, 4.85, f"image\n{model.config['in_chans']} x H x W  →", ha="center", va="center")
     axis.text(13.4, 4.85, "norm, mean\nover tokens,\nhead", ha="center", va="center")
     axis.set(xlim=(-2.2, 14.2), ylim=(0, 5.9))
     axis.axis("off")
@@ -85,10 +86,11 @@ def trained(kind, folder=pathlib.Path("runs/figures"), steps=300):
 
 def load(file):
     """-> the network whose weights the file holds, without its head, and its name: "WSA", "IWSA & SSA", ..."""
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    weights = weights.get("model", weights)
+    with torch.serialization.safe_globals([argparse.Namespace]):     # a published file may hold its training arguments
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    weights, known = checkpoint.get("model", checkpoint), checkpoint.get("config", {})
     if "patch_embeds.0.proj.weight" in weights:
-        weights = convert_official(weights)
+        weights, known = convert_official(weights), official_kwargs(weights)
     weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
     stages = range(len({name.split(".")[1] for name in weights if name.startswith("stages.")}))
     depths = [len({name.split(".")[3] for name in weights if name.startswith(f"stages.{i}.blocks.")}) for i in stages]
@@ -102,10 +104,10 @@ def load(file):
     if "ssa" in pattern:
         j = pattern.index("ssa")
         rc = [len(weights[f"stages.{i}.blocks.{j}.attn.q.weight"]) / (dim * 2 ** i) for i in stages]
-    model = ScalableViT(dim=dim, depths=depths, heads=heads, rc=rc, pattern=pattern, num_classes=0,
-                        peg="stages.0.peg.conv.weight" in weights)
+    model = ScalableViT(**dict(dim=dim, depths=depths, heads=heads, rc=rc, pattern=pattern,
+                               peg="stages.0.peg.conv.weight" in weights) | known | dict(num_classes=0))
     model.load_state_dict(weights)
-    return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in pattern))
+    return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in model.config["pattern"]))
 
 
 def border_step(tokens, M=7):
@@ -173,21 +175,28 @@ def field(out, side=28, dim=16):
 
 
 # ---------------------------------------------------------------------------- cost
-def cost(out, make=scalablevit_s, sides=(224, 448, 672, 896, 1120, 1344), timed=scalablevit_tiny):
+def macs_by_part(model, side):
+    """Of one image, in billions: convolutions and linears, Q K^T and A V of the window attentions, those of SSA.
+
+    The model lies on the meta device: shapes without memory.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, side, side, device="meta"))
+    flops = counter.get_flop_counts()                               # two for each multiply-accumulate
+    products = {name: flops[f"ScalableViT.{name}"][torch.ops.aten.bmm]
+                for name, _ in model.named_modules() if name.endswith(".attn")}
+    both = sum(products.values())
+    ssa = sum(n for name, n in products.items() if isinstance(model.get_submodule(name), SSA))
+    return [n / 2e9 for n in (counter.get_total_flops() - both, both - ssa, ssa)]
+
+
+def cost(out, sides=(224, 448, 672, 896, 1120, 1344)):
     """MACs of one image by part, and one thread's time for one image with the tiny network."""
     with torch.device("meta"):
-        model = make(num_classes=0)
-    parts = {"convolutions and linears": [], "QKᵀ and AV of IWSA": [], "QKᵀ and AV of SSA": []}
-    for side in sides:
-        size, counts = (side, side), [0, 0, 0]
-        for stage in model.stages:
-            size = stage.embed.out_size(*size)
-            counts[0] += stage.macs(*size)[0]
-            for block in stage.blocks:
-                counts[2 if isinstance(block.attn, SSA) else 1] += block.attn.macs(*size)[1]
-        for values, count in zip(parts.values(), counts):
-            values.append(count / 1e9)
-    model, seconds = timed(num_classes=0).eval(), []
+        model = scalablevit_s(num_classes=0)
+    parts = zip(*(macs_by_part(model, side) for side in sides))
+    model, seconds, threads = scalablevit_tiny(num_classes=0).eval(), [], torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         for side in sides:
             image, runs = torch.randn(1, 3, side, side), []
@@ -196,12 +205,13 @@ def cost(out, make=scalablevit_s, sides=(224, 448, 672, 896, 1120, 1344), timed=
                 model(image)
                 runs.append(time.process_time() - began)
             seconds.append(min(runs))
+    torch.set_num_threads(threads)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name, values in parts.items():
+    for name, values in zip(("convolutions and linears", "QKᵀ and AV of IWSA", "QKᵀ and AV of SSA"), parts):
         left.loglog(sides, values, "o-", label=f"{name}: x {values[-1] / values[0]:.0f}")
     left.set(xlabel="side of the image, pixels", ylabel="G multiply-accumulates", title="scalablevit_s")
     right.loglog(sides, seconds, "o-", label=f"CPU time: x {seconds[-1] / seconds[0]:.0f}")
-    right.set(xlabel="side of the image, pixels", ylabel="seconds", title=f"{timed.__name__}, measured")
+    right.set(xlabel="side of the image, pixels", ylabel="seconds", title="scalablevit_tiny, measured")
     for axis in (left, right):
         axis.set_ylim(top=20 * axis.get_ylim()[1])                  # room for the legend
         axis.set_xticks(sides, map(str, sides))

@@ -1,4 +1,5 @@
 """docs/figures.py and docs/ablation.py: their numbers by other means, and that they run.  Matplotlib is an extra."""
+import argparse
 import json
 import pathlib
 import sys
@@ -10,7 +11,8 @@ from hypothesis import given, strategies as st
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
 
 import ablation
-from scalablevit import ScalableViT, scalablevit_tiny
+from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
+from test_published import OFFICIAL
 
 
 @pytest.fixture
@@ -48,6 +50,30 @@ def test_every_picture_is_drawn(figures, tmp_path):
     figures.cost(tmp_path, sides=(32, 64))
     figures.curves(tmp_path, log)
     assert {file.stem for file in tmp_path.glob("*.png")} == {"network", "maps", "field", "cost", "curves"}
+
+
+def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
+    """Ours by its "config", a published one by the form of its head; training arguments beside it do no harm."""
+    ours = scalablevit_tiny(pattern=("swsa", "ssa"), window=5)
+    torch.save({"model": ours.state_dict(), "config": ours.config}, tmp_path / "ours.pt")
+    model, name = figures.load(tmp_path / "ours.pt")
+    assert name == "SWSA & SSA" and isinstance(model.stages[0].blocks[0].attn, SWSA) and model.config["window"] == 5
+    shapes = {name: shape for name, shape in OFFICIAL["state_dict"].items() if not name.startswith("head.")}
+    for head, rc in (({"head.0.weight": [4096, 512]}, 1.0), ({"head.weight": [1000, 512]}, 1.25)):
+        weights = {name: torch.zeros(()).expand(shape) for name, shape in (shapes | head).items()}
+        torch.save({"model": weights, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "theirs.pt")
+        assert tuple(figures.load(tmp_path / "theirs.pt")[0].config["rc"]) == (1.25, 1.25, 1.25, rc)
+
+
+def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
+    """On 56 x 56 tokens (the first map) and fewer: whole windows of 7, and SSA's 49 keys in every stage."""
+    with torch.device("meta"):
+        model = scalablevit_tiny()
+    cost, tokens = count_macs(model, (224, 224)), [56 ** 2, 28 ** 2, 14 ** 2, 7 ** 2]
+    ssa = sum(n * 49 * (int(24 * 2 ** i * rc) + 24 * 2 ** i) * (2 if i == 2 else 1)
+              for i, (n, rc) in enumerate(zip(tokens, (1.25, 1.25, 1.25, 1.0))))
+    assert figures.macs_by_part(model, 224) == [
+        count / 1e9 for count in (cost["modules"], cost["attention"] - ssa, ssa)]
 
 
 def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):

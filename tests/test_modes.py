@@ -9,19 +9,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import architectures
-from scalablevit import Block, Linear, ScalableViT, linear_gelu
+from scalablevit import Block, ScalableViT
 
-ALL_KINDS = [("iwsa", "ssa"), ("wsa", "swsa"), ("lem", "ssa")]
+ALL_KINDS = [("iwsa", "ssa"), ("lem", "swsa")]                      # wsa is what iwsa, lem and swsa share
 
 
 def small(**kwargs):
     """Two stages with every layer that the real models have: windows that the border cuts, r_n < 1 and r_n = 1."""
     torch.manual_seed(0)
-    return ScalableViT(**dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.25, 1.0), rn=(1 / 4, 1), window=3, num_classes=5,
-                              head_hidden=16) | kwargs)
+    return ScalableViT(**dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.25, 1.0), rn=(1 / 4, 1), window=3,
+                              num_classes=5, head_hidden=16) | kwargs)
 
 
 def images(B=2, H=36, W=29, dtype=torch.float32, seed=1):
@@ -36,41 +35,11 @@ def loss_and_gradients(model, x, call=None):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-# ------------------------------------------------------------------------------------------------ inference mode
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("shape", [(2, 5, 6, 12), (0, 5, 6, 12), (7, 12)])
-def test_gelu_on_the_fly_is_gelu(dtype, bound, shape):
-    linear, x = Linear(12, 24).to(dtype), torch.randn(shape).to(dtype)
-    expected = F.gelu(F.linear(x.double(), linear.weight.double(), linear.bias.double()))
-    with torch.inference_mode():
-        got = linear_gelu(linear, x)
-        assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), expected, rtol=bound, atol=bound)
-        with pytest.raises(RuntimeError, match="channels|mat|shape"):
-            linear_gelu(linear, torch.randn(2, 5, 6, 13).to(dtype))
-
-
-def test_in_inference_mode_too_hooks_run_and_operations_are_counted():
-    model, x, seen = small().eval(), images(), []
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        expected = model(x)
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as in_inference:
-            torch.testing.assert_close(model(x), expected)
-        assert in_inference.get_total_flops() == counter.get_total_flops()
-        assert not Linear.onednn or "mkldnn._linear_pointwise" in map(str, in_inference.get_flop_counts()["Global"])
-        model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *args: seen.append(args[2].shape))
-        model(x)
-    assert seen == [(2, 9, 8, 32)]
-
-
 # ------------------------------------------------------------------------------------------------ compile and export
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_trace(mode):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_trace():
     model, x = small().eval(), images()
-    with mode():
-        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
 @pytest.mark.parametrize("pattern", ALL_KINDS)
@@ -84,10 +53,13 @@ def test_compile_in_one_graph(pattern):
 
 
 def test_compile_with_inductor():
-    """The real compiler, on one stage of every part, without gradients."""
+    """The real compiler, on one stage of every part, without gradients.
+
+    For a processor without vector instructions: asking the compiler which there are takes half of the time.
+    """
     model = small(depths=(2,), heads=(2,), rc=(1.25,), rn=(1 / 4,), head_hidden=None).eval()
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, options={"cpp.vec_isa_ok": False})
         torch.testing.assert_close(compiled(images()), model(images()), rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
@@ -134,7 +106,8 @@ def test_float64_and_float32_agree(kwargs, H, W):
 def test_channels_last_input_gives_the_same(kwargs, H, W):
     model, x = ScalableViT(**kwargs).eval(), torch.randn(2, kwargs["in_chans"], H, W)
     with torch.no_grad():
-        torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x), rtol=1e-4, atol=1e-5)
+        other = model(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(other, model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_moving_to_another_dtype_and_back():
@@ -184,15 +157,18 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 # ------------------------------------------------------------------------------------------------ DDP
-def train_on_one_rank(rank, ranks, folder, pattern, checkpointing):
-    """Three steps on this rank's share of every batch; parameters and gradients go to a file."""
+DDP_CASES = [(("iwsa", "ssa"), False), (("lem", "swsa"), True)]                         # pattern, checkpointing
+
+
+def train_on_one_rank(rank, ranks, folder):
+    """Three steps on this rank's share of every batch; parameters and gradients go to a file, those of each case."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    model = small(pattern=pattern).double()
-    model.set_grad_checkpointing(checkpointing)
-    parallel = DistributedDataParallel(model)                                           # finds no unused parameters
-    train(model, parallel, lambda batch: batch[rank::ranks])
-    torch.save({name: (p.detach(), p.grad) for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    for i, (pattern, checkpointing) in enumerate(DDP_CASES):
+        model = small(pattern=pattern).double()
+        model.set_grad_checkpointing(checkpointing)
+        train(model, DistributedDataParallel(model), lambda batch: batch[rank::ranks])  # finds no unused parameters
+        torch.save({name: (p.detach(), p.grad) for name, p in model.named_parameters()}, f"{folder}/{i}.{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -205,18 +181,18 @@ def train(model, call, share):
         optimizer.step()
 
 
-@pytest.mark.parametrize("pattern, checkpointing", [(("iwsa", "ssa"), False), (("lem", "swsa"), True)])
-def test_ddp_on_two_processes_equals_one(pattern, checkpointing, tmp_path):
+def test_ddp_on_two_processes_equals_one(tmp_path):
     """Two ranks with half of each batch end with the parameters of one process with all of it."""
-    multiprocessing.spawn(train_on_one_rank, (2, str(tmp_path), pattern, checkpointing), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    alone = small(pattern=pattern).double()
-    train(alone, alone, lambda batch: batch)
-    for name, p in alone.named_parameters():
-        (value, gradient), (other, other_gradient) = first[name], second[name]
-        assert gradient is not None and gradient.ne(0).any(), name
-        assert torch.equal(value, other) and torch.equal(gradient, other_gradient), name
-        torch.testing.assert_close((value, gradient), (p.detach(), p.grad), rtol=1e-8, atol=1e-10)
+    multiprocessing.spawn(train_on_one_rank, (2, str(tmp_path)), nprocs=2)
+    for i, (pattern, _) in enumerate(DDP_CASES):
+        first, second = (torch.load(tmp_path / f"{i}.{rank}.pt") for rank in (0, 1))
+        alone = small(pattern=pattern).double()
+        train(alone, alone, lambda batch: batch)
+        for name, p in alone.named_parameters():
+            (value, gradient), (other, other_gradient) = first[name], second[name]
+            assert gradient is not None and gradient.ne(0).any(), name
+            assert torch.equal(value, other) and torch.equal(gradient, other_gradient), name
+            torch.testing.assert_close((value, gradient), (p.detach(), p.grad), rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=15)

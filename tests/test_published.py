@@ -7,12 +7,14 @@ are not stored: a rule makes them from their names, here in `fill`.
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from scalablevit import ScalableViT, convert_official, scalablevit_s
+from helpers import ssa_by_hand
+from scalablevit import ScalableViT, convert_official, official_kwargs, scalablevit_s
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_s.json").read_text())
 
@@ -22,7 +24,7 @@ def fill(name, shape):
     def u64(number):
         return np.uint64(number)
 
-    with np.errstate(over="ignore"):                                                    # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):                                # arithmetic modulo 2^64 is meant
         z = u64(zlib.crc32(name.encode()) << 32) + np.arange(np.prod(shape), dtype=np.uint64)
         z += u64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> u64(30))) * u64(0xBF58476D1CE4E5B9)
@@ -46,7 +48,7 @@ def published():
 def test_outputs_of_the_published_model(published):
     """Logits to 1e-9, every block's output to 1e-8."""
     model = scalablevit_s().double().eval()
-    model.load_state_dict(convert_official(published))                                  # strict: every name, every shape
+    model.load_state_dict(convert_official(published))              # strict: every name, every shape
     rms = {}
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage.blocks):
@@ -73,22 +75,48 @@ def test_kv_becomes_k_and_v(published):
         assert f"stages.3.blocks.1.attn.kv.{parameter}" not in converted
 
 
-def test_both_forms_of_the_head():
-    """The published names of the two heads, into a model that has the one or the other."""
-    small = dict(dim=8, depths=(2,), heads=(1,), rc=(1,), rn=(1,), num_classes=3)
-    body = {"norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
-    plain = {"head.weight": torch.randn(3, 8), "head.bias": torch.randn(3)}
-    two_layers = {"head.0.weight": torch.randn(5, 8), "head.0.bias": torch.randn(5), "head.1.weight": torch.randn(5),
-                  "head.1.bias": torch.randn(5), "head.3.weight": torch.randn(3, 5), "head.3.bias": torch.randn(3)}
-    for head, hidden in ((plain, None), (two_layers, 5)):
-        model = ScalableViT(**small, head_hidden=hidden)
-        _, unexpected = model.load_state_dict(convert_official(body | head), strict=False)
-        assert unexpected == []
-        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in head.items())
+# ------------------------------------------------------------------------------------------------ the plain-head S
+@pytest.fixture(scope="module")
+def small_0(published):
+    """The published S with the plain head: other names and shapes in the head alone, r_c = 1.25 in all four stages."""
+    names = {"head.weight": (1000, 512), "head.bias": (1000,)}
+    body = {name: tensor for name, tensor in published.items() if not name.startswith("head.")}
+    return body | {name: weight(name, shape) for name, shape in names.items()}
 
 
-@pytest.mark.parametrize("key", ["stages.0.0.attn.relative_position_bias_table", "patch_embeds.0.proj.gamma", "cls_token",
-                                 "head.2.weight", "stages.0.blocks.0.norm1.weight", "module.norm.weight"])
+def loaded(checkpoint, **kwargs):
+    """Strictly, and in float64: every name and every shape."""
+    with torch.device("meta"):
+        model = scalablevit_s(**kwargs)
+    model.load_state_dict(convert_official(checkpoint), assign=True)
+    return model.double().eval()
+
+
+def test_a_checkpoint_gives_its_own_model_and_no_other(published, small_0):
+    two_layers, plain = loaded(published, **official_kwargs(published)), loaded(small_0, **official_kwargs(small_0))
+    assert two_layers.config == scalablevit_s().config
+    assert plain.config == two_layers.config | dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25))
+    assert torch.equal(plain.head.weight, small_0["head.weight"]) and torch.equal(plain.head.bias, small_0["head.bias"])
+    for checkpoint, other in ((published, small_0), (small_0, published)):
+        with pytest.raises(RuntimeError, match="head"):
+            loaded(checkpoint, **official_kwargs(other))
+
+
+def test_r_c_scales_the_plain_head_s_last_stage(small_0):
+    """Softmax(Q K^T / sqrt(1.25 C / heads)) V there, with the published weights under their published names."""
+    attn, x = loaded(small_0, **official_kwargs(small_0)).stages[3].blocks[1].attn, fill("input", (2, 7, 7, 512))
+    q, kv, proj = ([small_0[f"stages.3.1.attn.{name}.{parameter}"] for parameter in ("weight", "bias")]
+                   for name in ("q", "kv", "proj"))
+    layers = {"q": q, "k": [tensor[:512] for tensor in kv], "v": [tensor[512:] for tensor in kv], "proj": proj}
+    layers = {name: SimpleNamespace(weight=w, bias=b) for name, (w, b) in layers.items()}
+    by_hand = ssa_by_hand(SimpleNamespace(**layers, heads=16), x, rc=1.25, s=1)
+    torch.testing.assert_close(attn(x), by_hand, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+@pytest.mark.parametrize("key", [
+    "stages.0.0.attn.relative_position_bias_table", "patch_embeds.0.proj.gamma", "cls_token", "head.2.weight",
+    "stages.0.blocks.0.norm1.weight", "module.norm.weight"])
 def test_an_unknown_name_is_refused_by_name(published, key):
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         convert_official(published | {key: torch.zeros(1)})

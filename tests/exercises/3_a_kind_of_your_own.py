@@ -2,8 +2,9 @@
 
 Why     Between a window and the whole map there is a cross: every token sees its row and its column (axial attention),
         which reaches every border in one layer and any token in two.
-Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `forward` and `macs` as the others
-        have them (`window` plays no part), and its name "axial" in `ATTENTION`.
+Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as `WSA`
+        has them (`window` plays no part), and its name "axial" in `ATTENTION`.  `attention` takes any dimensions in
+        front of tokens and channels; `count_macs` counts by itself.
         Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, heads as in `WSA`.
 """
 import torch
@@ -11,8 +12,8 @@ import torch
 import scalablevit
 from helpers import linear_by_hand, random_tokens, randomised, softmax_attention
 from scalablevit import ScalableViT, count_macs
-from test_cost import counted
 from test_receptive_field import field
+
 
 def axial(dim=8):
     return randomised(scalablevit.ATTENTION["axial"](dim, 2, 7))
@@ -34,11 +35,8 @@ def test_it_is_the_mean_of_two_attentions():
     torch.testing.assert_close(module(x)[0], linear_by_hand(z, module.proj))
 
 
-def test_its_cost_is_counted():
-    assert axial().macs(5, 6) == counted(axial(), random_tokens(1, 5, 6, 8))
-
-
-def test_it_takes_its_place_in_a_network():
-    model = ScalableViT(dim=8, depths=(2, 2), heads=(1, 2), rc=(1, 1), rn=(1 / 16, 1 / 4), pattern=("axial", "ssa"),
-                        head_hidden=None, num_classes=5)
-    assert model(torch.randn(2, 3, 37, 50)).shape == (2, 5) and count_macs(model, (37, 50))["attention"] > 0
+def test_it_takes_its_place_in_a_network_and_costs_n_times_a_row_and_a_column():
+    model = ScalableViT(dim=8, depths=(2,), heads=(2,), rc=(1,), rn=(1,), pattern=("axial", "ssa"), num_classes=5)
+    assert model(torch.randn(2, 3, 37, 50)).shape == (2, 5)
+    H, W, C = 10, 13, 8
+    assert count_macs(model, (37, 50))["attention"] == 2 * H * W * (H + W) * C + 2 * (H * W) ** 2 * C     # and SSA's
