@@ -14,6 +14,11 @@
 
 #include "kernels.h"
 
+// Whether the GPU's kernels take this tensor.  tests/cuda_on_cpu runs them on a CPU, where the answer is always yes.
+#ifndef ON_CUDA
+#define ON_CUDA(tensor) (tensor).is_cuda()
+#endif
+
 namespace {
 
 using at::Tensor;
@@ -62,7 +67,7 @@ Tensor check_weight(const Tensor& weight, const Tensor& qkv) {
   TORCH_CHECK(weight.device() == qkv.device(), "weight and qkv must be on the same device, got ", weight.device(),
               " and ", qkv.device());
   const Tensor w = weight.to(sum_type);
-  return w.is_cuda() ? w.squeeze(1).permute({1, 2, 0}).contiguous() : w.contiguous();
+  return ON_CUDA(w) ? w.squeeze(1).permute({1, 2, 0}).contiguous() : w.contiguous();
 }
 
 Tensor check_bias(const Tensor& bias, const Tensor& weight, const Tensor& qkv) {
@@ -95,7 +100,7 @@ void on_stream(const Tensor& t, F f) {
 
 void run_partition(const Windows& g, const Tensor& map, const Tensor& windows, bool backward) {
 #ifdef WITH_CUDA
-  if (map.is_cuda())
+  if (ON_CUDA(map))
     return on_stream(map, [&](cudaStream_t stream) {
       return cuda::partition(g, map.element_size(), map.data_ptr(), windows.data_ptr(), backward, stream);
     });
@@ -142,7 +147,7 @@ Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight
   const Strides strides = {in.stride(0), in.stride(1), in.stride(2)};
   const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
 #ifdef WITH_CUDA
-  if (map.is_cuda()) {
+  if (ON_CUDA(map)) {
     on_stream(map, [&](cudaStream_t stream) {
       return cuda::merge_lim(g, type, k, in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(),
                              out.data_ptr(), stream);
@@ -165,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
   const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
   const Tensor dweight = at::empty_like(weight.contiguous(), w.options()), dbias = at::empty({C}, w.options());
 #ifdef WITH_CUDA
-  if (map.is_cuda()) {
+  if (ON_CUDA(map)) {
     const Tensor parts = at::empty({cuda_parts, k * k + 1, C}, w.options());
     on_stream(map, [&](cudaStream_t stream) {
       return cuda::merge_lim_backward(g, type, k, from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(),
