@@ -1,0 +1,155 @@
+// CUDA for a CPU: what csrc/cuda.cu uses of CUDA's runtime, so that a C++ compiler builds its kernels as they stand and
+// every thread of every block runs here, under a debugger or a sanitizer.
+//
+// Blocks run one after the other.  The threads of a block are fibres: each runs until it reaches __syncthreads() or its
+// end, and none goes on before all are there.  Whose turn it is, is drawn anew each time: what depends on the order shows.
+// With -DREAL_THREADS they are threads of the CPU and run at once, for ThreadSanitizer to find what they race for.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <barrier>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct ushort1 {
+  unsigned short x;
+};
+
+#ifdef REAL_THREADS
+#define PER_THREAD thread_local
+#else
+#define PER_THREAD
+#endif
+inline PER_THREAD uint3 threadIdx;
+inline uint3 blockIdx;
+inline dim3 blockDim, gridDim;
+
+using cudaStream_t = struct Stream*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace cuda_on_cpu {
+
+// What the tests set: how large blocks and grids are (csrc/cuda.cu takes these where there is a GPU's limit otherwise),
+// which launch fails, counted from 0, and the numbers that orders are drawn from.
+inline int64_t max_threads = 256, max_blocks = INT32_MAX, failing_launch = -1;
+inline std::mt19937 random;
+
+inline std::vector<unsigned> in_any_order(unsigned n) {
+  std::vector<unsigned> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  return order;
+}
+
+inline uint3 index(unsigned n, dim3 size) { return {n % size.x, n / size.x % size.y, n / size.x / size.y}; }
+
+#ifdef REAL_THREADS
+
+inline std::unique_ptr<std::barrier<>> barrier;
+inline void wait_for_the_block() { barrier->arrive_and_wait(); }
+
+inline void run_block(unsigned threads, const std::function<void()>& kernel) {
+  barrier = std::make_unique<std::barrier<>>(threads);
+  std::vector<std::thread> running;
+  for (unsigned n : in_any_order(threads))
+    running.emplace_back([n, &kernel] {
+      threadIdx = index(n, blockDim);
+      kernel();
+    });
+  for (std::thread& thread : running) thread.join();
+}
+
+#else
+
+struct Fibre {
+  static constexpr size_t stack_size = 1 << 17;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[stack_size]};
+  bool at_its_end;
+};
+inline std::vector<Fibre> fibres;
+inline Fibre* running;
+inline ucontext_t scheduler;
+inline const std::function<void()>* kernel_of_fibres;
+
+inline void wait_for_the_block() { swapcontext(&running->context, &scheduler); }
+
+inline void run_fibre() {
+  (*kernel_of_fibres)();
+  running->at_its_end = true;
+  wait_for_the_block();
+}
+
+inline void run_block(unsigned threads, const std::function<void()>& kernel) {
+  kernel_of_fibres = &kernel;
+  if (fibres.size() < threads) fibres.resize(threads);
+  for (unsigned n = 0; n < threads; ++n) {
+    Fibre& fibre = fibres[n];
+    fibre.at_its_end = false;
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = Fibre::stack_size;
+    makecontext(&fibre.context, run_fibre, 0);
+  }
+  for (unsigned ended = 0; ended < threads;) {
+    for (unsigned n : in_any_order(threads)) {
+      running = &fibres[n];
+      threadIdx = index(n, blockDim);
+      swapcontext(&scheduler, &running->context);
+      ended += running->at_its_end;
+    }
+    if (ended > 0 && ended < threads) {
+      std::fprintf(stderr, "__syncthreads() was reached by some threads of a block and not by the others\n");
+      std::abort();
+    }
+  }
+}
+
+#endif
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::wait_for_the_block(); }
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  gridDim = config->gridDim, blockDim = config->blockDim;
+  const uint64_t threads = uint64_t(blockDim.x) * blockDim.y * blockDim.z;
+  const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+  if (threads < 1 || threads > 1024 || blocks < 1 || gridDim.x > INT32_MAX || gridDim.y > 65535 || gridDim.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  if (cuda_on_cpu::failing_launch-- == 0) return cudaErrorLaunchFailure;
+  for (unsigned n : cuda_on_cpu::in_any_order(blocks)) {
+    blockIdx = cuda_on_cpu::index(n, gridDim);
+    cuda_on_cpu::run_block(threads, [&] { kernel(arguments...); });
+  }
+  return cudaSuccess;
+}
