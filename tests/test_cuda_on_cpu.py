@@ -78,14 +78,14 @@ def partition(qkv, heads, M):
     padded = F.pad(qkv, (0, 0, 0, -W % M, 0, -H % M))
     h, w = padded.shape[1] // M, padded.shape[2] // M
     cut = padded.reshape(B, h, M, w, M, 3, heads, C3 // 3 // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    return cut.reshape(3, B * h * w, heads, M * M, -1)
+    return cut.reshape(3, B * h * w, heads, M * M, C3 // 3 // heads)
 
 
 def merge_lim(z, qkv, weight, bias, M):
     """(B·windows, heads, M², d), (B, H, W, 3C) -> (B, H, W, C)"""
     B, H, W, C3 = qkv.shape
     h, w = -(-H // M), -(-W // M)
-    merged = z.reshape(B, h, w, z.shape[1], M, M, -1).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, h * M, w * M, C3 // 3)
+    merged = z.reshape(B, h, w, z.shape[1], M, M, z.shape[3]).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, h * M, w * M, C3 // 3)
     v = qkv[..., 2 * C3 // 3:].permute(0, 3, 1, 2)
     lim = F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=C3 // 3)
     return merged[:, :H, :W] + lim.permute(0, 2, 3, 1)

@@ -5,6 +5,7 @@
 // end, and none goes on before all are there.  Whose turn it is, is drawn anew each time: what depends on the order shows.
 // With -DREAL_THREADS they are threads of the CPU and run at once, for ThreadSanitizer to find what they race for.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -91,40 +92,50 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
 
 struct Fibre {
   static constexpr size_t stack_size = 1 << 17;
-  ucontext_t context;
   std::unique_ptr<char[]> stack{new char[stack_size]};
-  bool at_its_end;
+  jmp_buf place;  // where it goes on
+  bool started = false, at_its_end;
 };
 inline std::vector<Fibre> fibres;
 inline Fibre* running;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline const std::function<void()>* kernel_of_fibres;
 
-inline void wait_for_the_block() { swapcontext(&running->context, &scheduler); }
+inline void wait_for_the_block() {
+  if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
+}
 
 inline void run_fibre() {
-  (*kernel_of_fibres)();
-  running->at_its_end = true;
-  wait_for_the_block();
+  for (;;) {
+    (*kernel_of_fibres)();
+    running->at_its_end = true;
+    wait_for_the_block();
+  }
+}
+
+// Lets a fibre run until it waits.  Only its first start needs ucontext, which is slower than a jump.
+inline void resume(Fibre& fibre) {
+  running = &fibre;
+  if (_setjmp(scheduler) != 0) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fibre.stack.get();
+  context.uc_stack.ss_size = Fibre::stack_size;
+  makecontext(&context, run_fibre, 0);
+  setcontext(&context);
 }
 
 inline void run_block(unsigned threads, const std::function<void()>& kernel) {
   kernel_of_fibres = &kernel;
   if (fibres.size() < threads) fibres.resize(threads);
-  for (unsigned n = 0; n < threads; ++n) {
-    Fibre& fibre = fibres[n];
-    fibre.at_its_end = false;
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
-    fibre.context.uc_stack.ss_size = Fibre::stack_size;
-    makecontext(&fibre.context, run_fibre, 0);
-  }
+  for (unsigned n = 0; n < threads; ++n) fibres[n].at_its_end = false;
   for (unsigned ended = 0; ended < threads;) {
     for (unsigned n : in_any_order(threads)) {
-      running = &fibres[n];
       threadIdx = index(n, blockDim);
-      swapcontext(&scheduler, &running->context);
-      ended += running->at_its_end;
+      resume(fibres[n]);
+      ended += fibres[n].at_its_end;
     }
     if (ended > 0 && ended < threads) {
       std::fprintf(stderr, "__syncthreads() was reached by some threads of a block and not by the others\n");
