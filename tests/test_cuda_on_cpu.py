@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ FLAGS = os.environ.get("CUDA_ON_CPU", "-O1").split()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 GRID = 2 ** 31 - 1
+CXX = os.environ.get("CXX", "c++").split()[0]
 
 
 class Process:
@@ -33,11 +33,10 @@ class Process:
 
     def __init__(self, folder):
         self.log = open(folder / "log", "w+")
-        preload = [f"lib{name[0]}san.so" for name in re.findall("address|undefined|thread", " ".join(FLAGS))]
-        preload = [subprocess.run([os.environ.get("CXX", "c++"), f"-print-file-name={name}"], text=True, check=True,
-                                  capture_output=True).stdout.strip() for name in preload]
-        env = os.environ | ({"LD_PRELOAD": " ".join(preload)} if preload else {})
-        env = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66 report_bugs=1"} | env
+        names = [f"lib{name[0]}san.so" for name in ("address", "thread") if any(name in flag for flag in FLAGS)]
+        preload = [subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+                   for name in [*names, "libstdc++.so.6"] if names]          # a sanitizer has to be there before Python
+        env = {"ASAN_OPTIONS": "detect_leaks=0"} | os.environ | {"LD_PRELOAD": " ".join(preload)}
         self.process = subprocess.Popen([sys.executable, FOLDER / "process.py", folder, *FLAGS], env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         self.answer()
@@ -48,7 +47,7 @@ class Process:
         except EOFError:
             self.process.wait()
             self.log.seek(0)
-            pytest.fail(f"the process ended:\n{self.log.read()[-5000:]}")
+            pytest.exit(f"the process that runs the kernels ended:\n{self.log.read()[-5000:]}", returncode=1)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -61,7 +60,7 @@ class Process:
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(CXX) is None:
         pytest.skip("there is no C++ compiler")
     if shutil.which("ninja") is None:
         pytest.skip("there is no ninja, with which PyTorch builds extensions")
