@@ -2,8 +2,8 @@
 // every thread of every block runs here, under a debugger or a sanitizer.
 //
 // Blocks run one after the other.  The threads of a block are fibres: each runs until it reaches __syncthreads() or its
-// end, and none goes on before all are there.  Whose turn it is, is drawn anew each time: what depends on the order shows.
-// With -DREAL_THREADS they are threads of the CPU and run at once, for ThreadSanitizer to find what they race for.
+// end, and none goes on before all are there.  The order is drawn anew each time, so that what depends on it shows.  With
+// -DREAL_THREADS they are threads of the CPU and run at once: ThreadSanitizer then finds what they race for.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -25,9 +25,6 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time
 
-struct uint3 {
-  unsigned x, y, z;
-};
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -35,31 +32,26 @@ struct dim3 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct ushort1 {
-  unsigned short x;
-};
 
 #ifdef REAL_THREADS
-#define PER_THREAD thread_local
+inline thread_local dim3 threadIdx;
 #else
-#define PER_THREAD
+inline dim3 threadIdx;
 #endif
-inline PER_THREAD uint3 threadIdx;
-inline uint3 blockIdx;
-inline dim3 blockDim, gridDim;
+inline dim3 blockIdx, blockDim, gridDim;
 
 using cudaStream_t = struct Stream*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
 };
 
 namespace cuda_on_cpu {
 
-// What the tests set: how large blocks and grids are (csrc/cuda.cu takes these where there is a GPU's limit otherwise),
-// which launch fails, counted from 0, and the numbers that orders are drawn from.
+// What the tests set: the most threads of a block and blocks of a grid that csrc/cuda.cu may ask for, which launch fails,
+// counted from 0, and what orders are drawn from.
 inline int64_t max_threads = 256, max_blocks = INT32_MAX, failing_launch = -1;
 inline std::mt19937 random;
 
@@ -70,7 +62,7 @@ inline std::vector<unsigned> in_any_order(unsigned n) {
   return order;
 }
 
-inline uint3 index(unsigned n, dim3 size) { return {n % size.x, n / size.x % size.y, n / size.x / size.y}; }
+inline dim3 index(unsigned n, dim3 size) { return {n % size.x, n / size.x % size.y, n / size.x / size.y}; }
 
 #ifdef REAL_THREADS
 
@@ -113,7 +105,7 @@ inline void run_fibre() {
   }
 }
 
-// Lets a fibre run until it waits.  Only its first start needs ucontext, which is slower than a jump.
+// Lets a fibre run until it waits.  Only its start needs ucontext, which is slower than a jump.
 inline void resume(Fibre& fibre) {
   running = &fibre;
   if (_setjmp(scheduler) != 0) return;
@@ -130,7 +122,7 @@ inline void resume(Fibre& fibre) {
 inline void run_block(unsigned threads, const std::function<void()>& kernel) {
   kernel_of_fibres = &kernel;
   if (fibres.size() < threads) fibres.resize(threads);
-  for (unsigned n = 0; n < threads; ++n) fibres[n].at_its_end = false;
+  for (Fibre& fibre : fibres) fibre.at_its_end = false;
   for (unsigned ended = 0; ended < threads;) {
     for (unsigned n : in_any_order(threads)) {
       threadIdx = index(n, blockDim);
@@ -153,9 +145,8 @@ inline void __syncthreads() { cuda_on_cpu::wait_for_the_block(); }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   gridDim = config->gridDim, blockDim = config->blockDim;
-  const uint64_t threads = uint64_t(blockDim.x) * blockDim.y * blockDim.z;
-  const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
-  if (threads < 1 || threads > 1024 || blocks < 1 || gridDim.x > INT32_MAX || gridDim.y > 65535 || gridDim.z > 65535)
+  const uint64_t threads = uint64_t(blockDim.x) * blockDim.y, blocks = uint64_t(gridDim.x) * gridDim.y;
+  if (threads < 1 || threads > 1024 || blocks < 1 || gridDim.x > INT32_MAX || gridDim.y > 65535)
     return cudaErrorInvalidConfiguration;
   if (cuda_on_cpu::failing_launch-- == 0) return cudaErrorLaunchFailure;
   for (unsigned n : cuda_on_cpu::in_any_order(blocks)) {
