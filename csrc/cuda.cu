@@ -105,8 +105,8 @@ struct Weights {
   __device__ Pack<A, V> operator[](int64_t tap) const { return K ? in_registers[tap] : load<V>(in_memory + tap * C); }
 };
 
-// sum += the k x k neighbours of the token (y, x), times their weights; beyond the border they are zeros.  `here` is the
-// token's pack, `stride` numbers on is the next one's.  mirrored: the way back, from outputs to what went into them.
+// sum += the k x k neighbours of the token (y, x) times their weights; beyond the border they are zeros.  `here`: its own
+// pack, and `stride` numbers on the next token's.  mirrored: the way back, from outputs to what went into them.
 template <int K, bool mirrored, class T, class A, int V>
 __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
                                int64_t stride, const Weights<A, V, K>& weights) {
@@ -196,8 +196,8 @@ __device__ void sum_columns(const Pack<A, V>& held, Put put) {
   __syncthreads();
 }
 
-// parts (cuda_parts, k² + 1, C): a block for each part of the strips, and for each x packs of channels.  The bias is the
-// last "tap": its input is 1.  Taps are summed ten at a time, which is all of them where k = 3.
+// parts (cuda_parts, k² + 1, C): a block for each part of the strips and for each x packs of channels.  The bias is the
+// last "tap", whose input is 1.  Taps are summed ten at a time, which is all of them where k = 3.
 template <class T, int V, int K>
 __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
     parts_kernel(Windows g, int64_t any_k, const T* __restrict__ grad, const T* __restrict__ qkv,

@@ -1,14 +1,15 @@
-"""The CUDA kernels, executed on a CPU: csrc/cuda.cu and the CUDA branch of csrc/ops.cpp against plain PyTorch in float64.
+"""The CUDA kernels, executed on a CPU: csrc/cuda.cu and ops.cpp's branch for CUDA against plain PyTorch in float64.
 
-tests/cuda_on_cpu/ stands in for CUDA's headers: every thread of every block runs, one after the other in random order.
-What that cannot show is what a GPU alone has: its compiler's code, its memory and its speed.  The operators have the names
-of the real ones, so they live in a process of their own, which this file is as well:
+tests/cuda_on_cpu/ stands in for CUDA's headers: every thread of every block runs, one after the
+other in random order.  It cannot show what a GPU alone has: its compiler's code, its memory and its
+speed.  The operators have the names of the real ones, so they live in a process of their own, which
+this file is as well:
 
     pytest tests/test_cuda_on_cpu.py
     python tests/test_cuda_on_cpu.py -g -O0                        one small call, for a debugger (docs/kernels.md)
 
-With sanitizers, after every change of a kernel; the last with real threads, for races in shared memory (ten times fewer
-cases, and still minutes):
+With sanitizers, after every change of a kernel; the second with real threads, for races in shared
+memory (ten times fewer cases, and still minutes):
 
     CUDA_ON_CPU="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" pytest tests/test_cuda_on_cpu.py
     CUDA_ON_CPU="-O1 -g -fsanitize=thread -DREAL_THREADS" pytest tests/test_cuda_on_cpu.py
@@ -39,7 +40,7 @@ ANY = 2 ** 31 - 1                                                  # blocks of a
 
 # ------------------------------------------------------------------------------------------------ the other process
 def build(folder, flags):
-    """Loads the operators, built for a CPU, into this process; returns what tests/cuda_on_cpu/kernels.cpp has besides."""
+    """Loads the operators, built for a CPU, into this process; returns what else kernels.cpp has."""
     from torch.utils.cpp_extension import load                     # needs setuptools, and warns where there is no GPU
 
     sys.setdlopenflags(os.RTLD_LAZY)     # ops.cpp names the CPU's kernels too: they are not here, and nobody calls them
@@ -51,14 +52,14 @@ def build(folder, flags):
 
 
 def windows_h(library, *args):
-    """csrc/windows.h: B, H, W, heads, d, M, and a strip, one of its tokens, a third and a head -> what kernels.cpp lists."""
+    """For B, H, W, heads, d, M, and a strip, one of its tokens, a third and a head: what kernels.cpp lists."""
     answer = (ctypes.c_int64 * 12)()
     library.windows_h((ctypes.c_int64 * 6)(*args[:6]), *map(ctypes.c_int64, args[6:]), answer)
     return list(answer)
 
 
 def serve(folder, flags):
-    """A request is a function's name, its arguments and the launches' settings; the answer what it returned or raised."""
+    """A request is a function's name, its arguments and launch_with's; the answer, what it returned or raised."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     library, answer = build(folder, flags), "built"
     torch.use_deterministic_algorithms(True)                       # torch.empty is full of NaN
@@ -106,8 +107,11 @@ class Process:
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
-    """cuda(operator, *args, ...): calls it there.  threads and blocks: the most that a block and a grid have; failing: which
-    launch fails, counted from 0; seed: of the order in which blocks and threads run."""
+    """cuda(operator, *args, ...): calls it there.
+
+    threads and blocks: the most that a block and a grid may have; failing: the launch that fails,
+    counted from 0; seed: of the order in which blocks and threads run.
+    """
     for program in (COMPILER, "ninja"):
         if shutil.which(program) is None:
             pytest.skip(f"the kernels cannot be built: there is no {program}")
@@ -154,22 +158,23 @@ def cases(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
     def tensor(*shape, dtype=dtype):
-        """Begins at a multiple of 16 bytes or one number after one; contiguous, or with its dimensions the other way round."""
+        """Begins at a multiple of 16 bytes or one number after; its dimensions may be reversed in memory."""
         order = list(range(len(shape)))[::draw(st.sampled_from([1, 1, 1, -1]))]
         offset = draw(st.sampled_from([0, 0, 0, 1]))
         flat = torch.randn(offset + math.prod(shape), generator=generator).to(dtype)[offset:]
         return flat.view([shape[i] for i in order]).permute(order)
 
     def attention():
-        """Its output in memory: as written, as PyTorch's fused kernels have it, as a part of more channels, transposed."""
+        """In memory as it is written, as PyTorch's fused kernels have it, as a part of more channels, transposed."""
         return draw(st.sampled_from([lambda: tensor(windows, heads, M * M, d),
                                      lambda: tensor(windows, M * M, heads, d).transpose(1, 2),
                                      lambda: tensor(windows, heads, M * M, d + 1)[..., :d],
                                      lambda: tensor(windows, heads, d, M * M).transpose(2, 3)]))()
 
     weights = draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)]))    # autocast: float32
-    return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=attention(), weight=tensor(C, 1, k, k, dtype=weights),
-                bias=tensor(C, dtype=weights), grad=tensor(B, H, W, C), grad_windows=tensor(3, windows, heads, M * M, d))
+    return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=attention(), grad=tensor(B, H, W, C),
+                weight=tensor(C, 1, k, k, dtype=weights), bias=tensor(C, dtype=weights),
+                grad_windows=tensor(3, windows, heads, M * M, d))
 
 
 def merge_args(case):
@@ -184,7 +189,7 @@ def close(got, exact):
     """Within the rounding of got's dtype, measured against the largest element; exact is float64."""
     assert got.shape == exact.shape
     error = (got.double() - exact).abs() / exact.abs().max().clamp_min(1) if exact.numel() else exact
-    assert (error <= ROUNDING[got.dtype]).all(), f"off by {error.max()}"            # a NaN is not: none may be left over
+    assert (error <= ROUNDING[got.dtype]).all(), f"off by {error.max()}"           # a NaN is not: none may be left over
 
 
 # ------------------------------------------------------------------------------------------------ tests
@@ -247,15 +252,16 @@ def test_each_launch_that_fails_is_an_error(cuda, name, launches):
 def test_conversions_are_pytorchs(cuda, dtype):
     """Every number of 16 bits, and float32 numbers of all sizes, with ties, rounded to 16 bits."""
     def merge(z, bias):
-        C = len(z)
-        return cuda("window_merge_lim", z.view(1, 1, 1, C), z.new_zeros(1, 1, 1, 3 * C), bias.new_zeros(C, 1, 1, 1), bias,
-                    1, threads=256).flatten()
+        qkv, weight = z.new_zeros(1, 1, 1, 3 * len(z)), bias.new_zeros(len(z), 1, 1, 1)
+        return cuda("window_merge_lim", z.view(1, 1, 1, -1), qkv, weight, bias, 1, threads=256).flatten()
 
     every = torch.arange(2 ** 16).to(torch.int16).view(dtype)
     halfway = every.float().add(torch.nextafter(every, every.new_tensor(math.inf)).float()).div(2)
     anything = torch.randint(-2 ** 31, 2 ** 31, (2 ** 16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
-    for got, exact in [(merge(every, torch.zeros(2 ** 16)), every)] + [
-            (merge(torch.zeros_like(every), x), x.to(dtype)) for x in (halfway, halfway.nextafter(every.float()), anything)]:
+    pairs = [(merge(every, torch.zeros(2 ** 16)), every)]
+    for x in (halfway, halfway.nextafter(every.float()), anything):
+        pairs.append((merge(torch.zeros_like(every), x), x.to(dtype)))
+    for got, exact in pairs:
         assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.nan_to_num(), exact.nan_to_num())
 
 
@@ -266,10 +272,10 @@ def test_counts_beyond_32_bits(cuda, data):
     def number(*bounds):
         return data.draw(st.integers(*bounds))
 
-    B, H, W, M, heads, d = number(1, 64), number(1, 2 ** 18), number(1, 2 ** 18), number(1, 999), number(1, 32), number(1, 64)
-    h, w = -(-H // M), -(-W // M)
-    b, wy, wx, row, i = number(0, B - 1), number(0, h - 1), number(0, w - 1), number(0, M - 1), number(0, M - 1)
-    third, head = number(0, 2), number(0, heads - 1)
+    B, H, W, M = number(1, 64), number(1, 2 ** 18), number(1, 2 ** 18), number(1, 999)
+    h, w, heads, d = -(-H // M), -(-W // M), number(1, 32), number(1, 64)
+    b, wy, wx, third, head = number(0, B - 1), number(0, h - 1), number(0, w - 1), number(0, 2), number(0, heads - 1)
+    row, i = number(0, M - 1), number(0, M - 1)
     y, x, window = wy * M + row, wx * M, (b * h + wy) * w + wx
     strip = (b * h * M + y) * w + wx                               # strips are numbered as they lie in the map
     group = sum([third * B * h * w * heads * M * M, window * heads * M * M, head * M * M, row * M + i])

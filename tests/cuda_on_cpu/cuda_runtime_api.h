@@ -1,8 +1,8 @@
 // CUDA for a CPU: what csrc/cuda.cu uses of CUDA's runtime, so that a C++ compiler builds its kernels as they stand and
 // every thread of every block runs here, under a debugger or a sanitizer.
 //
-// Blocks run one after the other.  The threads of a block are fibres: each runs until it reaches __syncthreads() or its
-// end, and none goes on before all are there.  The order is drawn anew each time, so that what depends on it shows.  With
+// Blocks run one after the other.  The threads of a block are fibres: each runs until __syncthreads() or its end, and
+// none goes on before all are there.  The order is drawn anew each time, so that what depends on it shows.  Built with
 // -DREAL_THREADS they are threads of the CPU and run at once: ThreadSanitizer then finds what they race for.
 #pragma once
 #include <setjmp.h>
@@ -41,7 +41,7 @@ inline dim3 threadIdx;
 inline dim3 blockIdx, blockDim, gridDim;
 
 using cudaStream_t = struct Stream*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -50,8 +50,8 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
-// What the tests set: the most threads of a block and blocks of a grid that csrc/cuda.cu may ask for, which launch fails,
-// counted from 0, and what orders are drawn from.
+// What the tests set: the most threads of a block and blocks of a grid that csrc/cuda.cu asks for, which launch fails
+// (counted from 0), and what orders are drawn from.
 inline int64_t max_threads = 256, max_blocks = INT32_MAX, failing_launch = -1;
 inline std::mt19937 random;
 
@@ -142,8 +142,8 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
 
 inline void __syncthreads() { cuda_on_cpu::wait_for_the_block(); }
 
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+template <class... P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), P... arguments) {
   gridDim = config->gridDim, blockDim = config->blockDim;
   const uint64_t threads = uint64_t(blockDim.x) * blockDim.y, blocks = uint64_t(gridDim.x) * gridDim.y;
   if (threads < 1 || threads > 1024 || blocks < 1 || gridDim.x > INT32_MAX || gridDim.y > 65535)
