@@ -105,8 +105,8 @@ struct Weights {
   __device__ Pack<A, V> operator[](int64_t tap) const { return K ? in_registers[tap] : load<V>(in_memory + tap * C); }
 };
 
-// sum += the k x k neighbours of the token (y, x) times their weights; beyond the border they are zeros.  `here`: its own
-// pack, and `stride` numbers on the next token's.  mirrored: the way back, from outputs to what went into them.
+// sum += the k x k neighbours of the token (y, x) times their weights; beyond the border they are zeros.  `here`: its
+// own pack, and `stride` numbers on the next token's.  mirrored: the way back, from outputs to what went into them.
 template <int K, bool mirrored, class T, class A, int V>
 __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
                                int64_t stride, const Weights<A, V, K>& weights) {
