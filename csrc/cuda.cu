@@ -116,7 +116,7 @@ __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k,
   for (int64_t ky = 0; ky < k; ++ky)
 #pragma unroll
     for (int64_t kx = 0; kx < k; ++kx) {
-      const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;
+      const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // unsigned below: -1 is beyond the last row, too
       const auto neighbour = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
       const auto w = weights[mirrored ? k * k - 1 - tap : tap];
       for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);

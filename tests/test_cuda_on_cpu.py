@@ -34,7 +34,7 @@ HERE, ROOT = pathlib.Path(__file__).parent / "cuda_on_cpu", pathlib.Path(__file_
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 FLAGS = os.environ.get("CUDA_ON_CPU", "-O1").split()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 ANY = 2 ** 31 - 1                                                  # blocks of a grid: as many as CUDA allows
 
 
