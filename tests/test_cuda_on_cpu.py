@@ -62,11 +62,9 @@ def windows_h(library, *args):
 def serve(folder, flags):
     """A request is a function's name, its arguments and launch_with's; the answer, what it returned or raised."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    library, answer = build(folder, flags), "built"
+    library = build(folder, flags)
     torch.use_deterministic_algorithms(True)                       # torch.empty is full of NaN
     while True:
-        pickle.dump(answer, answers)
-        answers.flush()
         try:
             name, args, launches = pickle.load(sys.stdin.buffer)
         except EOFError:
@@ -76,6 +74,8 @@ def serve(folder, flags):
             answer = windows_h(library, *args) if name == "windows_h" else getattr(torch.ops.scalablevit, name)(*args)
         except RuntimeError as error:
             answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 class Process:
@@ -84,26 +84,28 @@ class Process:
         names = [f"lib{name[0]}san.so" for name in ("address", "thread") if any(name in flag for flag in FLAGS)]
         preload = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
                    for name in [*names, "libstdc++.so.6"] if names]          # a sanitizer has to be there before Python
-        env = {"ASAN_OPTIONS": "detect_leaks=0"} | os.environ | {"LD_PRELOAD": " ".join(preload)}
+        env = os.environ | ({"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"} if names else {})
         self.process = subprocess.Popen([sys.executable, __file__, "serve", folder, *FLAGS], env=env, stderr=self.log,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.receive()
 
-    def receive(self):
+    def ask(self, request):
         try:
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
             answer = pickle.load(self.process.stdout)
-        except EOFError:
+        except (BrokenPipeError, EOFError):
             self.process.wait()
-            self.log.seek(0)
-            pytest.exit(f"the process that runs the kernels has ended:\n{self.log.read()[-5000:]}", returncode=1)
+            pytest.fail("the process that runs the kernels has ended:\n" + self.end_of_log())
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def end_of_log(self):
+        self.log.seek(0)
+        return self.log.read()[-5000:]
+
     def __call__(self, name, *args, threads=64, blocks=ANY, failing=-1, seed=0):
-        pickle.dump((name, args, (threads, blocks, failing, seed)), self.process.stdin)
-        self.process.stdin.flush()
-        return self.receive()
+        return self.ask((name, args, (threads, blocks, failing, seed)))
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +121,7 @@ def cuda(tmp_path_factory):
     process = Process(tmp_path_factory.mktemp("cuda_on_cpu"))
     yield process
     process.process.stdin.close()
-    assert process.process.wait() == 0, "a sanitizer has found something: see the log"
+    assert process.process.wait() == 0, process.end_of_log()       # ThreadSanitizer reports and goes on
 
 
 # ------------------------------------------------------------------------------------------------ the plain form
