@@ -1,0 +1,303 @@
+"""The CUDA kernels, executed on a CPU: csrc/cuda.cu and ops.cpp's branch for CUDA against plain PyTorch in float64.
+
+tests/cuda_on_cpu/ stands in for CUDA's headers: every thread of every block runs, one after the
+other in random order.  It cannot show what a GPU alone has: its compiler's code, its memory and its
+speed.  A kernel that crashes must not take the tests along, so they run in a process of their own,
+which this file is as well:
+
+    pytest tests/test_cuda_on_cpu.py
+    python tests/test_cuda_on_cpu.py -g -O0                        one small call, for a debugger (docs/kernels.md)
+
+With sanitizers, after every change of a kernel; the second with real threads, for races in shared
+memory (ten times fewer cases, and still minutes):
+
+    CUDA_ON_CPU="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" pytest tests/test_cuda_on_cpu.py
+    CUDA_ON_CPU="-O1 -g -fsanitize=thread -DREAL_THREADS" pytest tests/test_cuda_on_cpu.py
+"""
+import ctypes
+import math
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HERE, ROOT = pathlib.Path(__file__).parent / "cuda_on_cpu", pathlib.Path(__file__).parents[1]
+COMPILER = os.environ.get("CXX", "c++").split()[0]
+FLAGS = os.environ.get("CUDA_ON_CPU", "-O1").split()
+REAL_THREADS = "-DREAL_THREADS" in FLAGS
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
+ANY = 2 ** 31 - 1                                                  # blocks of a grid: as many as CUDA allows
+
+
+# ------------------------------------------------------------------------------------------------ the other process
+def build(folder, flags):
+    """Loads the kernels, built for a CPU, into this process: ops.cpp's functions, and what else kernels.cpp has."""
+    from torch.utils.cpp_extension import load                     # needs setuptools, and warns where there is no GPU
+
+    sys.setdlopenflags(os.RTLD_LAZY)     # ops.cpp names the CPU's kernels too: they are not here, and nobody calls them
+    module = load("cuda_on_cpu", [str(ROOT / "csrc/ops.cpp"), str(HERE / "kernels.cpp")], build_directory=folder,
+                  extra_cflags=["-DWITH_CUDA", "'-DON_CUDA(tensor)=true'", "-fno-strict-aliasing", *flags],
+                  extra_ldflags=["-Wl,-z,lazy", *(flag for flag in flags if "sanitize" in flag)],
+                  extra_include_paths=[str(HERE)], with_cuda=False)
+    return module, ctypes.CDLL(module.__file__)
+
+
+def windows_h(library, *args):
+    """For B, H, W, heads, d, M, and a strip, one of its tokens, a third and a head: what kernels.cpp lists."""
+    answer = (ctypes.c_int64 * 12)()
+    library.windows_h((ctypes.c_int64 * 6)(*args[:6]), *map(ctypes.c_int64, args[6:]), answer)
+    return list(answer)
+
+
+def serve(folder, flags):
+    """A request is a function's name, its arguments and launch_with's; the answer, what it returned or raised."""
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
+    module, library = build(folder, flags)
+    torch.use_deterministic_algorithms(True)                       # torch.empty is full of NaN
+    while True:
+        try:
+            name, args, launches = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        library.launch_with(*map(ctypes.c_int64, launches))
+        try:
+            answer = windows_h(library, *args) if name == "windows_h" else getattr(module, name)(*args)
+        except RuntimeError as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+class Process:
+    def __init__(self, folder):
+        self.log = open(folder / "log", "w+")
+        names = [f"lib{name[0]}san.so" for name in ("address", "thread") if any(name in flag for flag in FLAGS)]
+        preload = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+                   for name in [*names, "libstdc++.so.6"] if names]          # a sanitizer has to be there before Python
+        env = os.environ | ({"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"} if names else {})
+        self.process = subprocess.Popen([sys.executable, __file__, "serve", folder, *FLAGS], env=env, stderr=self.log,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, request):
+        try:
+            pickle.dump(request, self.process.stdin)
+            self.process.stdin.flush()
+            answer = pickle.load(self.process.stdout)
+        except (BrokenPipeError, EOFError):
+            self.process.wait()
+            pytest.fail("the process that runs the kernels has ended:\n" + self.end_of_log())
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end_of_log(self):
+        self.log.seek(0)
+        return self.log.read()[-5000:]
+
+    def __call__(self, name, *args, threads=64, blocks=ANY, failing=-1, seed=0):
+        return self.ask((name, args, (threads, blocks, failing, seed)))
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory):
+    """cuda(operator, *args, ...): calls it there.
+
+    threads and blocks: the most that a block and a grid may have; failing: the launch that fails,
+    counted from 0; seed: of the order in which blocks and threads run.
+    """
+    for program in (COMPILER, "ninja"):
+        if shutil.which(program) is None:
+            pytest.skip(f"the kernels cannot be built: there is no {program}")
+    process = Process(tmp_path_factory.mktemp("cuda_on_cpu"))
+    yield process
+    process.process.stdin.close()
+    assert process.process.wait() == 0, process.end_of_log()       # ThreadSanitizer reports and goes on
+
+
+# ------------------------------------------------------------------------------------------------ the plain form
+def partition(qkv, heads, M):
+    """(B, H, W, 3C) -> (3, B·windows, heads, M², d)"""
+    B, H, W, C3 = qkv.shape
+    padded = F.pad(qkv, (0, 0, 0, -W % M, 0, -H % M))
+    h, w, d = padded.shape[1] // M, padded.shape[2] // M, C3 // 3 // heads
+    return padded.reshape(B, h, M, w, M, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, M * M, d)
+
+
+def merge_lim(z, qkv, weight, bias, M):
+    """(B·windows, heads, M², d), (B, H, W, 3C) -> (B, H, W, C)"""
+    B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
+    h, w = -(-H // M), -(-W // M)
+    merged = z.reshape(B, h, w, z.shape[1], M, M, z.shape[3]).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, h * M, w * M, C)
+    lim = F.conv2d(qkv[..., 2 * C:].permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=C)
+    return merged[:, :H, :W] + lim.permute(0, 2, 3, 1)
+
+
+# ------------------------------------------------------------------------------------------------ cases
+def choices():
+    """A function that chooses: evenly, where Hypothesis by itself comes back to what is small or was drawn before."""
+    return st.randoms(use_true_random=True).map(lambda random: random.choice)
+
+
+launches = choices().map(lambda choose: dict(threads=32 if REAL_THREADS else choose([32, 48, 64, 256]),
+                                             blocks=choose([1, 3, ANY]), seed=choose(range(100))))
+
+
+def examples(n):
+    return settings(max_examples=n // 10 if REAL_THREADS else n)
+
+
+@st.composite
+def cases(draw):
+    """Arguments of the operators: maps that windows divide or not, any layout and alignment in memory."""
+    choose = draw(choices())
+    B, H, W, M = choose([0, 1, 1, 2, 2]), choose(range(1, 12)), choose(range(1, 12)), choose(range(1, 9))
+    heads, d = choose([1, 2, 3]), choose([1, 2, 3, 4, 8, 8, 12, 16, 24, 33, 40])
+    k, dtype = choose([1, 3, 3, 3, 5, 7]), choose(DTYPES)
+    windows, C = B * -(-H // M) * -(-W // M), heads * d
+    generator = torch.Generator().manual_seed(choose(range(1000)))
+
+    def tensor(*shape, dtype=dtype):
+        """Begins at a multiple of 16 bytes or one number after; its dimensions may be reversed in memory."""
+        order = list(range(len(shape)))[::choose([1, 1, 1, -1])]
+        offset = choose([0] * 7 + [1])
+        flat = torch.randn(offset + math.prod(shape), generator=generator).to(dtype)[offset:]
+        return flat.view([shape[i] for i in order]).permute(order)
+
+    def attention():
+        """In memory as it is written, as PyTorch's fused kernels have it, as a part of more channels, transposed."""
+        return choose([lambda: tensor(windows, heads, M * M, d),
+                       lambda: tensor(windows, M * M, heads, d).transpose(1, 2),
+                       lambda: tensor(windows, heads, M * M, d + 1)[..., :d],
+                       lambda: tensor(windows, heads, d, M * M).transpose(2, 3)])()
+
+    weights = choose([dtype, torch.promote_types(dtype, torch.float32)])        # under autocast they are float32
+    return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=attention(), grad=tensor(B, H, W, C),
+                weight=tensor(C, 1, k, k, dtype=weights), bias=tensor(C, dtype=weights),
+                grad_windows=tensor(3, windows, heads, M * M, d))
+
+
+def merge_args(case):
+    return *(case[name] for name in ("z", "qkv", "weight", "bias")), case["M"]
+
+
+def backward_args(case):
+    return *(case[name] for name in ("grad", "qkv", "weight", "heads")), case["M"]
+
+
+def close(got, exact):
+    """Within the rounding of got's dtype, measured against the largest element; exact is float64."""
+    assert got.shape == exact.shape
+    error = (got.double() - exact).abs() / exact.abs().max().clamp_min(1) if exact.numel() else exact
+    assert (error <= ROUNDING[got.dtype]).all(), f"off by {error.max()}"           # a NaN is not: none may be left over
+
+
+# ------------------------------------------------------------------------------------------------ tests
+@examples(150)
+@given(case=cases(), launch=launches)
+def test_partition_moves_every_bit_both_ways(cuda, case, launch):
+    qkv, heads, M, grad = case["qkv"], case["heads"], case["M"], case["grad_windows"]
+    assert torch.equal(cuda("window_partition", qkv, heads, M, **launch), partition(qkv, heads, M))
+    leaf = qkv.double().requires_grad_()
+    partition(leaf, heads, M).backward(grad.double())
+    got = cuda("window_partition_backward", grad, *qkv.shape[1:3], M, **launch)
+    assert got.dtype == grad.dtype and torch.equal(got.double(), leaf.grad)
+
+
+@examples(150)
+@given(case=cases(), launch=launches)
+def test_merge_lim_against_its_definition_in_float64(cuda, case, launch):
+    *tensors, M = merge_args(case)
+    got = cuda("window_merge_lim", *tensors, M, **launch)
+    assert got.dtype == case["qkv"].dtype
+    close(got, merge_lim(*(t.double() for t in tensors), M))
+
+
+@examples(100)
+@given(case=cases(), launch=launches)
+def test_merge_lim_backward_against_autograd_in_float64(cuda, case, launch):
+    *tensors, M = merge_args(case)
+    exact = [t.double().requires_grad_() for t in tensors]
+    merge_lim(*exact, M).backward(case["grad"].double())
+    for got, leaf, like in zip(cuda("window_merge_lim_backward", *backward_args(case), **launch), exact, tensors):
+        assert got.dtype == like.dtype
+        close(got, leaf.grad)
+
+
+@examples(40)
+@given(case=cases(), launch=launches, other=launches)
+def test_no_bit_depends_on_the_order_of_threads_or_blocks(cuda, case, launch, other):
+    """Nor on how many blocks there are; the number of a block's threads is part of how sums are formed."""
+    other = other | {"threads": launch["threads"]}
+    for name, args in (("window_merge_lim", merge_args(case)), ("window_merge_lim_backward", backward_args(case))):
+        first, second = (cuda(name, *args, **settings) for settings in (launch, other))
+        for a, b in [(first, second)] if name == "window_merge_lim" else zip(first, second):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name, launches", [("window_partition", 1), ("window_partition_backward", 1),
+                                            ("window_merge_lim", 1), ("window_merge_lim_backward", 3)])
+def test_each_launch_that_fails_is_an_error(cuda, name, launches):
+    qkv, z, weight = torch.randn(1, 5, 9, 24), torch.randn(2, 2, 49, 4), torch.randn(8, 1, 3, 3)
+    args = {"window_partition": (qkv, 2, 7), "window_partition_backward": (torch.stack([z, z, z]), 5, 9, 7),
+            "window_merge_lim": (z, qkv, weight, torch.randn(8), 7),
+            "window_merge_lim_backward": (torch.randn(1, 5, 9, 8), qkv, weight, 2, 7)}[name]
+    for failing in range(launches):
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            cuda(name, *args, failing=failing)
+    cuda(name, *args, failing=launches)                            # one after the last: none is left out above
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions_are_pytorchs(cuda, dtype):
+    """Every number of 16 bits, and float32 numbers of all sizes, with ties, rounded to 16 bits."""
+    def merge(z, bias):
+        qkv, weight = z.new_zeros(1, 1, 1, 3 * len(z)), bias.new_zeros(len(z), 1, 1, 1)
+        return cuda("window_merge_lim", z.view(1, 1, 1, -1), qkv, weight, bias, 1, threads=256).flatten()
+
+    every = torch.arange(2 ** 16).to(torch.int16).view(dtype)
+    halfway = every.float().add(torch.nextafter(every, every.new_tensor(math.inf)).float()).div(2)
+    anything = torch.randint(-2 ** 31, 2 ** 31, (2 ** 16,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    pairs = [(merge(every, torch.zeros(2 ** 16)), every)]
+    for x in (halfway, halfway.nextafter(every.float()), anything):
+        pairs.append((merge(torch.zeros_like(every), x), x.to(dtype)))
+    for got, exact in pairs:
+        assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.nan_to_num(), exact.nan_to_num())
+
+
+@examples(100)
+@given(data=st.data())
+def test_counts_beyond_32_bits(cuda, data):
+    """The index arithmetic of windows.h against Python's integers, for maps that nobody has memory for."""
+    def number(*bounds):
+        return data.draw(st.integers(*bounds))
+
+    B, H, W, M = number(1, 64), number(1, 2 ** 18), number(1, 2 ** 18), number(1, 999)
+    h, w, heads, d = -(-H // M), -(-W // M), number(1, 32), number(1, 64)
+    b, wy, wx, third, head = number(0, B - 1), number(0, h - 1), number(0, w - 1), number(0, 2), number(0, heads - 1)
+    row, i = number(0, M - 1), number(0, M - 1)
+    y, x, window = wy * M + row, wx * M, (b * h + wy) * w + wx
+    strip = (b * h * M + y) * w + wx                               # strips are numbered as they lie in the map
+    group = sum([third * B * h * w * heads * M * M, window * heads * M * M, head * M * M, row * M + i])
+    merged = sum([window * M * M * heads * d, (row * M + i) * heads * d, head * d])        # (windows, M², heads, d)
+    assert cuda("windows_h", B, H, W, heads, d, M, strip, i, third, head) == [
+        B * h * w, B * h * w * M, b, y, x, window, row * M, min(M, W - x) if y < H else 0,
+        b * H * W + y * W + x + i, group, merged, (b * h * M + wy * M) * w + wx]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(sys.argv[2], sys.argv[3:])
+    else:
+        module, _ = build(tempfile.mkdtemp(), sys.argv[1:])
+        qkv, z = torch.randn(1, 5, 9, 24), torch.randn(2, 2, 49, 4)
+        print(module.window_merge_lim(z, qkv, torch.randn(8, 1, 3, 3), torch.randn(8), 7))
