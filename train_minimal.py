@@ -3,7 +3,6 @@
     python train_minimal.py                                    tiny, on digits that are drawn here: minutes
     python train_minimal.py --data DIR                         tiny, on DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
     torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images a step
-    python train_minimal.py --data DIR --model s --accum 8     the same steps on one GPU: 8 x 128 images each
     python train_minimal.py --output runs/s --eval             top-1 and top-5 of the best epoch
 
 A run lives in --output: last.pt (every --save-every steps), best.pt and log.jsonl (every epoch).  The same command goes
@@ -32,18 +31,19 @@ from torchvision.transforms import v2
 
 import scalablevit
 
-# The settings, each a flag.  An epoch takes as many images as there are, each aug_repeats times; min_scale is the smallest
-# share of an image in a crop; lr the peak for 1024 images in a step; RandAugment does each operation half the time.
-PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, lr=1e-3, weight_decay=0.05, clip_grad=5.0,
-             label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, min_scale=0.08, aug_repeats=3,
-             randaugment=2, seed=0)                                 # Appendix C, and RandAugment of DeiT, which it follows
+# The settings, each a flag.  lr is the peak for 1024 images in a step, else in proportion; min_scale the smallest crop,
+# as a share of the image; RandAugment does each operation half the time; an epoch takes an image aug_repeats times.
+PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, lr=1e-3, weight_decay=0.05,
+             clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
+             min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, and DeiT's RandAugment
 BASE_AND_LARGE = PAPER | dict(drop_path_rate=0.5)
-TINY = PAPER | dict(size=112, min_scale=0.25, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0,
-                    mixup=0.0, cutmix=0.0, reprob=0.0, randaugment=0, aug_repeats=1)
-DIGITS = TINY | dict(size=56, min_scale=0.5, epochs=10, warmup_epochs=1.0)         # tiny without --data
+TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
+                    reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)
+DIGITS = TINY | dict(size=56, epochs=10, warmup_epochs=1.0, min_scale=0.5)         # tiny without --data
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+normalize = v2.Compose([v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="%(prog)s [options]")
@@ -56,7 +56,7 @@ flag("--resume", action="store_true", help="go on with the run in --output, unde
 flag("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
 flag("--workers", type=int, default=8 if CUDA else 0, metavar="N", help="that read images for each training process")
 flag("--save-every", type=int, default=1000, metavar="N", help="steps between two saves of last.pt (1000)")
-flag("--bf16", action=argparse.BooleanOptionalAction, help="autocast to bfloat16 (default: on a GPU)")
+flag("--bf16", action=argparse.BooleanOptionalAction, default=CUDA, help="autocast to bfloat16 (default: on a GPU)")
 flag("--fuse", action="store_true", help="run the fused kernels of scalablevit_kernels")
 for name, value in PAPER.items():
     flag(f"--{name.replace('_', '-')}", type=type(value), default=value, metavar="N",
@@ -64,13 +64,11 @@ for name, value in PAPER.items():
 
 
 def check(condition, message):
-    """One line for a mistake that the user can mend."""
-    if not condition:
+    if not condition:                                               # a mistake that the user can mend: one line
         print(f"train_minimal.py: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------- data
 def draw_digits(root, train=400, val=100, side=64):
     """root/{train,val}/{0..9}/*.png: a digit in any place, size, turn and color on blocks of darker colors."""
     part, rng = root.with_suffix(".part"), random.Random(0)
@@ -102,8 +100,8 @@ def read_image(path, size):
 class ImageFolder(Dataset):
     """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.
 
-    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8, 0 where it is erased, label, error.
-    In training, an image that cannot be read has another in its place, and error tells which it was.
+    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8, 0 where it is erased, label, error: an
+    image that cannot be read, which another one replaces, or "".
     """
 
     def __init__(self, root, args, train):
@@ -113,13 +111,12 @@ class ImageFolder(Dataset):
                    v2.RandomHorizontalFlip(), *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
         self.transform = v2.Compose([*(augment if train else center_crop), v2.PILToTensor()])
-        self.erase, self.size, self.train = v2.RandomErasing(args.reprob if train else 0, value=0), args.size, train
+        self.size, self.erase = args.size, v2.RandomErasing(args.reprob if train else 0, value=0)
         self.classes = sorted(d.name for d in root.glob("[!.]*") if d.is_dir())
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)
                         if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
-        check(self.samples and len({label for _, label in self.samples}) == len(self.classes),
-              f"{root} must have a folder for each class, with images in it")
+        check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} must hold images in folders")
 
     def __getitem__(self, key):
         index, seed = key
@@ -131,8 +128,6 @@ class ImageFolder(Dataset):
                 return self.transform(read_image(path, self.size)), mask, label, error
             except Exception as reason:                             # Pillow's decoders raise almost anything
                 error = error or f"{path} ({reason})"
-            if not self.train:
-                return self.transform(Image.new("RGB", (1, 1))), mask, label, error
             index = int(torch.randint(len(self.samples), ()))
         raise OSError(f"cannot read {error}, nor 99 others")
 
@@ -143,30 +138,22 @@ def training_batches(n, args, first, last):
     An epoch shuffles the n images, puts each aug_repeats times in a row, and takes n of these.  A step deals them out
     one by one: half a batch (see `mix`) is half a step, however many processes and batches share the step.
     """
-    b = args.batch_size
     for step in range(first, last):
-        epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * b))
+        epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
         for a in range(args.accum):
-            positions = [((i * b + j) * args.accum + a) * WORLD_SIZE + RANK for j in range(b)]
-            yield [(int(order[p // args.aug_repeats]), hash((args.seed, epoch, p))) for p in positions]
+            places = [((i * args.batch_size + j) * args.accum + a) * WORLD_SIZE + RANK for j in range(args.batch_size)]
+            yield [(int(order[p // args.aug_repeats]), hash((args.seed, epoch, p))) for p in places]
 
 
 def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):                  # the process that trains ends its readers
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------- a step
-normalize = v2.Compose([v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})      # the process that trains ends it
 
 
 def mix(images, targets, args):
     """MixUp or CutMix of images (B, 3, H, W) and targets (B, classes): each with the one half a batch on."""
     mixing = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
-    if not mixing:
-        return images, targets
     # v2 pairs an image with the one before, under repeated augmentation its copy.  So v2's "batch" is two halves here.
     halves = images.view(2, -1, *images.shape[2:]), targets.view(2, -1)           # (2, B/2·3, H, W), (2, B/2·classes)
     return [mixed.view_as(own) for mixed, own in zip(v2.RandomChoice(mixing)(*halves), (images, targets))]
@@ -201,7 +188,6 @@ def learning_rate(step, last, warmup, peak):
     return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(last - warmup, 1))) / 2
 
 
-# ---------------------------------------------------------------------------- the run
 def load_checkpoint(path):
     """A checkpoint of this program, a published one or a mere state dict -> "model", "config", "settings" and more."""
     try:
@@ -224,8 +210,10 @@ def main():
     last_pt = output / "last.pt"
     check(not args.resume or last_pt.exists(), f"--resume goes on with {last_pt}, and there is none")
     check(not args.resume or not (args.init or args.eval), "--resume goes with neither --init nor --eval")
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if CUDA else "gloo", device_id=DEVICE if CUDA else None)
+        dist.init_process_group("nccl" if CUDA else "gloo")
     if RANK == 0 and not args.eval:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")
@@ -250,14 +238,14 @@ def main():
     data = pathlib.Path(args.data or output / "digits")
     val_set = ImageFolder(data / "val", args, train=False)
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
-    classes, images_per_step = train_set.classes, WORLD_SIZE * args.accum * args.batch_size
-    steps = len(train_set.samples) // images_per_step                       # in an epoch
+    classes, n, batch = train_set.classes, len(train_set.samples), WORLD_SIZE * args.accum * args.batch_size
+    steps = n // batch                                              # of an epoch, in each of which `batch` images
     check(classes == val_set.classes, f"{data} has different classes in train and val")
-    check(steps or args.eval, f"{len(train_set.samples)} images make no step of {images_per_step}: lower --batch-size")
+    check(steps or args.eval, f"a step takes {batch} images, and there are {n}: lower --batch-size or --accum")
     settings = {name: getattr(args, name) for name in ("data", "model", "init", "bf16", *PAPER)}
-    settings["extent"] = [len(train_set.samples), images_per_step]          # which even --resume must not change
+    settings["extent"] = [n, batch]                                 # which even --resume must not change
     check(not going_on or settings == saved or args.resume and settings["extent"] == saved.get("extent"),
-          f"{output} holds a run with other {'data or steps' if args.resume else 'settings: see --resume'}")
+          f"{output} holds a run with other {'images or steps' if args.resume else 'settings; --resume goes on'}")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, **loading)
@@ -278,33 +266,34 @@ def main():
         model, exempt = model.to(DEVICE), model.no_weight_decay()
         groups = [{"params": [p for name, p in model.named_parameters() if (name in exempt) == light],
                    "weight_decay": 0.0 if light else args.weight_decay} for light in (False, True)]
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)           # which keeps these groups
         if going_on:
             step, loss_sum, log, unreadable = (checkpoint[key] for key in ("step", "loss_sum", "log", "unreadable"))
             for i, p in enumerate(p for group in groups for p in group["params"]):
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)}
-                for key in ("exp_avg", "exp_avg_sq"):               # copied: fused AdamW trusts shapes and layouts
-                    moment = checkpoint["optimizer"]["state"][i][key].view(p.shape)
+                for key in ("exp_avg", "exp_avg_sq"):               # checked and copied: fused AdamW trusts them
+                    moment = checkpoint["optimizer"]["state"][i][key]
+                    check(moment.shape == p.shape, f"{start} has the optimizer of another model")
                     optimizer.state[p][key] = torch.zeros_like(p).copy_(moment)
     except Exception as error:
         check(False, f"cannot build the model of {start}: {str(error).strip().splitlines()[-1]}")
-    bf16 = CUDA if args.bf16 is None else args.bf16
     if args.eval:
-        print("top-1 {:.2f} %, top-5 {:.2f} % of {} images".format(*evaluate(model, val_loader, bf16), len(val_set.samples)))
+        print("top-1 {:.2f} %  top-5 {:.2f} %".format(*evaluate(model, val_loader, args.bf16)))
         return
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
-    stopped, signals, last, peak = False, [], args.epochs * steps, args.lr * images_per_step / 1024
+    last, warmup, peak = args.epochs * steps, args.warmup_epochs * steps, args.lr * batch / 1024
+    stopped, signals = False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    batches = iter(DataLoader(train_set, batch_sampler=training_batches(len(train_set.samples), args, step, last), **loading))
-    print(f"scalablevit_{args.model}, {len(train_set.samples)} images, {images_per_step} in a step, writing to {output}")
+    batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
+    print(f"scalablevit_{args.model}, {n} images of {len(classes)} classes, {batch} in a step, writing to {output}")
     began, first = time.time(), step
     while not stopped and (step < last or step // steps > len(log)):
         if step // steps > len(log):                                # an epoch is complete, and last.pt has it
-            top1, top5 = evaluate(model, val_loader, bf16)
+            top1, top5 = evaluate(model, val_loader, args.bf16)
             log.append({"epoch": len(log) + 1, "loss": loss_sum / steps, "top1": top1, "top5": top5,
-                        "lr": optimizer.param_groups[0]["lr"], "unreadable": len(unreadable)})
+                        "lr": learning_rate(step - 1, last, warmup, peak), "unreadable": len(unreadable)})
             print("epoch {epoch}  loss {loss:.3f}  top-1 {top1:.2f} %  top-5 {top5:.2f} %".format(**log[-1]))
             loss_sum = 0.0
         else:
@@ -314,24 +303,24 @@ def main():
                 images, masks, labels, errors = next(batches)       # (B, 3, size, size), (B, 1, size, size), (B,)
                 found.update(errors)
                 images, masks, labels = (t.to(DEVICE, non_blocking=True) for t in (images, masks, labels))
-                torch.manual_seed(hash((args.seed, -1, step)))      # only now: without workers, images were drawn here
+                torch.manual_seed(hash((args.seed, step, 0, 0)))    # only now: without workers, images were drawn here
                 images = torch.where(masks > 0, normalize(images), torch.randn(images.shape[1:], device=DEVICE))
-                images, targets = mix(images, F.one_hot(labels, len(classes)).float(), args)
-                torch.manual_seed(hash((args.seed, -2, step, a, RANK)))           # stochastic depth: each its own
+                targets = F.one_hot(labels, len(classes)).float()
+                if args.mixup > 0 or args.cutmix > 0:
+                    images, targets = mix(images, targets, args)
+                torch.manual_seed(hash((args.seed, step, a + 1, RANK)))            # stochastic depth: each its own
                 net.require_backward_grad_sync = a + 1 == args.accum               # what DDP's no_sync sets
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
                     part = F.cross_entropy(net(images), targets, label_smoothing=args.label_smoothing) / args.accum
                 part.backward()
-                loss += part.item()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad).item()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, last, args.warmup_epochs * steps, peak)
+                loss += part.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
+            groups[0]["lr"] = groups[1]["lr"] = learning_rate(step, last, warmup, peak)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            losses, stops, found = zip(*gather((loss, len(signals), found)))
+            losses, stops, found = zip(*gather((loss.item(), len(signals), found)))
             loss, stopped = sum(losses) / WORLD_SIZE, any(stops)
-            check(math.isfinite(loss + norm), f"step {step}: the loss is {loss}, its gradient {norm}; lower --lr")
             loss_sum += loss
             for error in sorted(set().union(*found) - {"", *unreadable}):
                 print(f"cannot read {error}: another image takes its place")
@@ -339,9 +328,8 @@ def main():
             if step % 50 == 0 or step % steps == 0:
                 print(f"step {step}/{last}  loss {loss:.3f}  {(time.time() - began) / (step - first):.3f} s per step")
         if RANK == 0 and (stopped or step % steps == 0 or step % args.save_every == 0):
-            state = {"model": model.state_dict(), "config": model.config, "settings": settings, "classes": classes,
-                     "optimizer": optimizer.state_dict(), "step": step, "loss_sum": loss_sum, "log": log,
-                     "unreadable": unreadable}
+            state = dict(model=model.state_dict(), config=model.config, settings=settings, classes=classes, log=log,
+                         optimizer=optimizer.state_dict(), step=step, loss_sum=loss_sum, unreadable=unreadable)
             files = {"log.jsonl": "".join(json.dumps(entry) + "\n" for entry in log).encode(), "last.pt": state}
             if step == len(log) * steps and max(log, key=lambda entry: entry["top1"]) is log[-1]:
                 files = {"best.pt": state} | files
