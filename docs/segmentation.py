@@ -5,23 +5,19 @@
 
 DIR is an ADE20K folder: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, where 0 is no
 class and 1 to 150 are classes.  Optimizer, schedule and sizes are by default those of Appendix C; of augmentations it
-names the random crop, and beside it there is a horizontal flip.  What is left out: several GPUs.
+names the random crop, and beside it there is a horizontal flip.
 """
-import argparse
-import pathlib
-import sys
+import itertools
 import time
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
-import scalablevit  # noqa: E402
+import dense
 
+TABLE_8 = {"semantic_fpn": (80_000, 0.9, 1e-4, 1e-4),               # steps, power of the schedule, learning rate,
+           "upernet": (160_000, 1.0, 6e-5, 1e-2)}                   # weight decay; the first two from Appendix C
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                           # of Table 4's MS (Section 4.3)
 
 
@@ -37,7 +33,7 @@ def resize(x, like):
 
 
 class SemanticFPN(nn.Module):
-    """Panoptic Feature Pyramid Networks (Kirillov et al., 2019): images (B, in_chans, H, W) -> logits (B, classes, H, W).
+    """Panoptic Feature Pyramid Networks (Kirillov et al., 2019): images (B, 3, H, W) -> logits (B, classes, H, W).
 
     The backbone is a `ScalableViT` with num_classes=0; only its `forward_features` and its widths are used.
     """
@@ -110,86 +106,24 @@ def multi_scale(model, images, scales=SCALES):
     return total / (2 * len(scales))
 
 
-# ---------------------------------------------------------------------------- Data
-def draw(n, size=64):
-    """n images (n, 3, size, size) and labels (n, size, size): 0 background, 1 lying ellipses, 2 discs, 3 standing.
-
-    A third tensor, like the labels, numbers the shapes from 1 on.  Background and shapes draw their colours alike, so a
-    pixel's colour says nothing about its class; the outline does.
-    """
-    images, labels = torch.randn(n, 3, 1, 1).repeat(1, 1, size, size), torch.zeros(n, size, size, dtype=torch.long)
-    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    numbers = labels
-    for i in range(1, 5):                                                               # later ones cover earlier ones
-        kind, (y, x) = torch.randint(3, (n, 1, 1)), torch.rand(2, n, 1, 1) * size
-        dy, dx, r = row - y, column - x, size * (0.1 + 0.1 * torch.rand(n, 1, 1))
-        stretch = torch.tensor([2.0, 1.0, 0.5])[kind].sqrt()                            # equal areas
-        inside = (dy * stretch).hypot(dx / stretch) < r
-        labels, numbers = torch.where(inside, kind + 1, labels), torch.where(inside, i, numbers)
-        images = torch.where(inside[:, None], torch.randn(n, 3, 1, 1), images)
-    return images + 0.1 * torch.randn(images.shape), labels, numbers
+def drawn(n=16):
+    """Batches (images, labels) of drawn shapes without end."""
+    while True:
+        yield dense.draw(n)[:2]
 
 
-class ADE20K(torch.utils.data.Dataset):
-    """(image (3, H, W), labels (H, W): 0 to 149, and 255 for none) of one split, "training" or "validation".
-
-    The image's shorter side becomes `size`, its longer one at most 4 · size; for training, size x size of it are cut out.
-    Labels for validation keep their own size.
-    """
-
-    def __init__(self, root, split, size=512):
-        self.images = sorted((root / "images" / split).glob("*.jpg"))
-        if not self.images:
-            raise FileNotFoundError(f"no images in {root / 'images' / split}/*.jpg")
-        self.annotations, self.training = root / "annotations" / split, split == "training"
-        self.resize = v2.Resize(size, max_size=4 * size)
-        self.cut = v2.Compose([v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255}),
-                               v2.RandomHorizontalFlip()])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        file = self.images[index]
-        image = v2.functional.to_image(Image.open(file).convert("RGB"))
-        labels = tv_tensors.Mask(Image.open(self.annotations / f"{file.stem}.png")) - 1  # of 8 bits: 0 becomes 255
-        image = self.resize(v2.functional.to_dtype(image, scale=True))
-        image = v2.functional.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        if self.training:
-            image, labels = self.cut(image, self.resize(tv_tensors.Mask(labels)))
-        return image, labels[0].long()
+def loss(model, images, labels):
+    """Cross-entropy; of what a model says beside its logits it weighs 0.4."""
+    outputs = model(images.to(dense.DEVICE))
+    losses = [F.cross_entropy(logits, labels.to(dense.DEVICE), ignore_index=255)
+              for logits in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    return losses[0] + 0.4 * sum(losses[1:])
 
 
-# ---------------------------------------------------------------------------- Training
-def pretrained(name, file=None):
-    """The backbone scalablevit_NAME without a head; with the weights of a file, a published one or train_minimal.py's."""
-    backbone = getattr(scalablevit, f"scalablevit_{name}")(num_classes=0)
-    if file:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
-        if "patch_embeds.0.proj.weight" in weights:
-            weights = scalablevit.convert_official(weights)
-        backbone.load_state_dict({key: w for key, w in weights.items() if not key.startswith("head.")})
-    return backbone
-
-
-def train(model, steps, batches=None, lr=1e-3, weight_decay=1e-4, power=0.9):
-    """On batches (images, labels), or on drawn ones; AdamW, and a rate that falls to 0 by this power (Appendix C)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power)
-    device = next(model.parameters()).device
-    model.train()
-    for step in range(1, steps + 1):
-        images, labels = (t.to(device) for t in (next(batches) if batches else draw(16)[:2]))
-        logits, *auxiliary = outputs if isinstance(outputs := model(images), tuple) else (outputs,)
-        losses = [F.cross_entropy(out, labels, ignore_index=255) for out in (logits, *auxiliary)]
-        optimizer.zero_grad()
-        (losses[0] + 0.4 * sum(losses[1:])).backward()
-        optimizer.step()
-        schedule.step()
-        if batches and step % 50 == 0:
-            print(f"step {step} of {steps}: loss {losses[0].item():.3f}", flush=True)
-    return model
+def train(model, steps, batches=None, power=0.9, lr=1e-3, weight_decay=1e-4, report=None):
+    """On drawn shapes if no batches are given; the learning rate falls to 0 by this power (Appendix C)."""
+    return dense.train(model, loss, batches or drawn(), steps, lambda step: (1 - step / steps) ** power, lr,
+                       weight_decay, report)
 
 
 @torch.no_grad()
@@ -198,9 +132,49 @@ def mean_iou(predict, batches, classes=4):
 
     predict gives logits or probabilities for images; of batches (images, labels), labels of 255 do not count.
     """
-    counts = torch.zeros(classes, classes)
+    counts = torch.zeros(classes, classes, dtype=torch.long)
     for images, labels in batches:
-        found = resize(predict(images), labels).argmax(1)
-        pairs = (classes * labels + found.cpu())[labels < classes]
+        found = resize(predict(images), labels).argmax(1).cpu()
+        pairs = (classes * labels + found)[labels < classes]
         counts += torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
     return 100 * (counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())).nanmean().item()
+
+
+FRAMEWORKS = {"semantic_fpn": SemanticFPN, "upernet": UperNet}
+
+
+def train_on_drawn(args):
+    """Both frameworks, small; what they score on shapes that they have not seen, before and after."""
+    held_out = list(itertools.islice(drawn(32), 8))
+    for make in FRAMEWORKS.values():
+        model = make(dense.pretrained(args.model, args.init), 4, width=64, head=32).to(dense.DEVICE).eval()
+        untrained, start = mean_iou(model, held_out), time.time()
+        train(model, args.steps or 800)
+        seconds, trained = time.time() - start, mean_iou(model, held_out)
+        print(f"{make.__name__}: mean IoU {untrained:.1f} % untrained, {trained:.1f} % trained ({seconds:.0f} s), "
+              f"{mean_iou(lambda images: multi_scale(model, images), held_out):.1f} % MS", flush=True)
+
+
+def train_on_ade20k(args):
+    steps, power, lr, weight_decay = TABLE_8[args.framework]
+    training, validation = (dense.ADE20K(args.data, split, args.size) for split in ("training", "validation"))
+    model = FRAMEWORKS[args.framework](dense.pretrained(args.model, args.init)).to(dense.DEVICE)
+    batches = dense.batches(training, args.batch_size, args.workers)
+    train(model, args.steps or steps, batches, power, args.lr or lr, weight_decay,
+          lambda: dense.save(model, args.output / f"{args.framework}.pt"))
+    held_out = torch.utils.data.DataLoader(validation, num_workers=args.workers)
+    for name, predict in {"one scale": model, "MS": lambda images: multi_scale(model, images)}.items():
+        print(f"mean IoU, {name}: {mean_iou(lambda images: predict(images.to(dense.DEVICE)), held_out, 150):.1f} %")
+
+
+def main():
+    parser = dense.arguments("Semantic FPN and UperNet on ScalableViT.", [*FRAMEWORKS], "an ADE20K folder")
+    parser.add_argument("--steps", type=int, help="instead of Appendix C's")
+    parser.add_argument("--size", type=int, default=512, help="of the crops, and of the shorter side for testing")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    train_on_ade20k(args) if args.data else train_on_drawn(args)
+
+
+if __name__ == "__main__":
+    main()
