@@ -126,6 +126,20 @@ def batches(dataset, batch_size, workers=0, collate=None):
         yield from loader
 
 
+def multi_step(steps, falls, warmup=500):
+    """Appendix C's schedule of detection: a linear rise, and a tenth after each of `falls`, parts of all the steps.
+
+    A run of less than 5000 steps rises over a tenth of them.  Returns the learning rate's factor at a step.
+    """
+    warmup = min(warmup, steps / 10)
+    return lambda step: min(1, (step + 1) / warmup) * 0.1 ** sum(step >= fall * steps for fall in falls)
+
+
+def polynomial(steps, power):
+    """Appendix C's schedule of segmentation: down to 0.  Returns the learning rate's factor at a step."""
+    return lambda step: (1 - step / steps) ** power
+
+
 def train(model, loss, batches, steps, rate, lr, weight_decay, report=None):
     """AdamW steps on loss(model, *batch) at a learning rate of lr · rate(step); prints and calls report() 20 times."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)

@@ -7,6 +7,7 @@ DIR is a COCO folder: train2017/, val2017/ and annotations/instances_{train,val}
 by default those of Appendix C; new layers begin as torchvision makes them.
 """
 import contextlib
+import copy
 import io
 import pathlib
 import tempfile
@@ -75,9 +76,9 @@ def detect(model, image):
 
 
 def evaluate(model, dataset):
-    """AP and AP50 in %, by pycocotools: {"bbox": (AP, AP50)}, and "segm" if the model finds masks."""
+    """AP and AP50 in % to one decimal, by pycocotools: {"bbox": (AP, AP50)}, and "segm" if the model finds masks."""
     from pycocotools import cocoeval, mask
-    results, kinds = [], ("bbox", "segm") if isinstance(model, MaskRCNN) else ("bbox",)
+    results = []
     for image, target in dataset:
         found = detect(model, image)
         for i, box in enumerate(ops.box_convert(found["boxes"], "xyxy", "xywh").tolist()):
@@ -85,13 +86,15 @@ def evaluate(model, dataset):
                             "score": found["scores"][i].item()})
             if "masks" in found:
                 results[-1]["segmentation"] = mask.encode(np.asfortranarray(found["masks"][i, 0] > 0.5, np.uint8))
+    kinds = ("bbox", "segm") if "masks" in found else ("bbox",)
     if not results:
         return {kind: (0.0, 0.0) for kind in kinds}
     with contextlib.redirect_stdout(io.StringIO()):
-        scores = [cocoeval.COCOeval(dataset.coco, dataset.coco.loadRes(results), kind) for kind in kinds]
+        truth = copy.deepcopy(dataset.coco)                         # pycocotools rewrites its masks
+        scores = [cocoeval.COCOeval(truth, truth.loadRes(results), kind) for kind in kinds]
         for score in scores:
             score.evaluate(), score.accumulate(), score.summarize()
-    return {kind: (100 * score.stats[0], 100 * score.stats[1]) for kind, score in zip(kinds, scores)}
+    return {kind: tuple((100 * score.stats[:2]).round(1).tolist()) for kind, score in zip(kinds, scores)}
 
 
 def picture(model, dataset, file, n=6):
@@ -119,15 +122,11 @@ def run(args, **kwargs):
     make = {"mask_rcnn": mask_rcnn, "retinanet": retinanet}[args.framework]
     model = make(dense.pretrained(args.model, args.init), max(training.coco.cats) + 1, min_size=sides,
                  max_size=sides[-1] * 1333 // 800, **kwargs).to(dense.DEVICE)
-    print("untrained:", evaluate(model, held_out), flush=True)
-
-    def rate(step):
-        return min(1, (step + 1) / min(500, steps / 10)) * 0.1 ** sum(step >= fall * steps for fall in falls)
-
+    print("AP and AP50, untrained:", evaluate(model, held_out), flush=True)
     batches = dense.batches(training, args.batch_size, args.workers, lambda batch: tuple(zip(*batch)))
-    dense.train(model, loss, batches, steps, rate, args.lr or lr, weight_decay,
+    dense.train(model, loss, batches, steps, dense.multi_step(steps, falls), args.lr or lr, weight_decay,
                 lambda: dense.save(model, args.output / f"{args.framework}.pt"))
-    print("trained:", evaluate(model, held_out), flush=True)
+    print("AP and AP50, trained:", evaluate(model, held_out), flush=True)
     picture(model, held_out, args.output / f"{args.framework}.png")
 
 

@@ -122,8 +122,8 @@ def loss(model, images, labels):
 
 def train(model, steps, batches=None, power=0.9, lr=1e-3, weight_decay=1e-4, report=None):
     """On drawn shapes if no batches are given; the learning rate falls to 0 by this power (Appendix C)."""
-    return dense.train(model, loss, batches or drawn(), steps, lambda step: (1 - step / steps) ** power, lr,
-                       weight_decay, report)
+    return dense.train(model, loss, batches or drawn(), steps, dense.polynomial(steps, power), lr, weight_decay,
+                       report)
 
 
 @torch.no_grad()
