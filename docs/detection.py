@@ -26,7 +26,6 @@ SCHEDULES = {"1x": (12, (8 / 12, 11 / 12), (800,)),                  # epochs; t
              "3x": (36, (27 / 36, 33 / 36), tuple(range(480, 801)))}         # falls to a tenth; shorter sides of images
 TABLE_8 = {("retinanet", "1x"): (1e-4, 1e-4), ("retinanet", "3x"): (1e-4, 5e-2),        # learning rate, weight decay
            ("mask_rcnn", "1x"): (2e-4, 1e-4), ("mask_rcnn", "3x"): (1e-4, 5e-2)}
-SHAPES = ((0.5, 1.0, 2.0),) * 5                                      # height / width of anchors, on five levels
 
 
 class Pyramid(torch.nn.Module):
@@ -50,12 +49,12 @@ def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
     """
     sides = tuple(tuple(anchor * 2 ** (i + j / 3) for j in range(3)) for i in range(5))
     return RetinaNet(Pyramid(backbone, 1, width, LastLevelP6P7(backbone.num_features, width)), num_classes,
-                     anchor_generator=AnchorGenerator(sides, SHAPES), **kwargs)
+                     anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5), **kwargs)
 
 
 def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
     """torchvision's Mask R-CNN on strides 4 to 64.  Arguments as above; width 256 gives its usual heads."""
-    anchors = AnchorGenerator(tuple((anchor * 2 ** i,) for i in range(5)), SHAPES)
+    anchors = AnchorGenerator(tuple((anchor * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(Pyramid(backbone, 0, width, LastLevelMaxPool()), rpn_anchor_generator=anchors,
                     box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
                     box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
@@ -143,7 +142,8 @@ def main():
         args.data, args.epochs, args.size, args.batch_size, args.lr = pathlib.Path(folder), 6, 96, 8, 1e-3
         dense.draw_coco(args.data, "train", 800, args.size)
         dense.draw_coco(args.data, "val", 100, args.size)
-        run(args, width=48, anchor=16, box_batch_size_per_image=64)
+        run(args, width=48, anchor=16, box_batch_size_per_image=64, rpn_pre_nms_top_n_train=300,
+            rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100)
 
 
 if __name__ == "__main__":
