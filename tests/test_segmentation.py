@@ -132,3 +132,17 @@ def test_the_program_trains_on_an_ade20k_folder(ade20k, tmp_path, monkeypatch, c
     assert "step 2 of 2" in printed and "mean IoU, MS: " in printed
     model = segmentation.FRAMEWORKS[framework](dense.pretrained("tiny"))
     model.load_state_dict(torch.load(tmp_path / "out" / f"{framework}.pt", weights_only=True))
+
+
+def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
+    """A bare state dict, a checkpoint of the training program, and a published one, which is converted; heads are left."""
+    classifier = scalablevit_tiny(num_classes=3)
+    weights = classifier.state_dict()
+    published = {"patch_embeds.0.proj.weight" if name == "stages.0.embed.conv.weight" else name: w
+                 for name, w in weights.items()}
+    monkeypatch.setattr(dense.scalablevit, "convert_official", lambda found: weights if found.keys() == published.keys() else {})
+    for checkpoint in (weights, {"model": weights, "settings": {}}, {"model": published}):
+        torch.save(checkpoint, tmp_path / "weights.pt")
+        backbone = dense.pretrained("tiny", tmp_path / "weights.pt")
+        assert backbone.state_dict().keys() == weights.keys() - {"head.weight", "head.bias"}
+        assert all(torch.equal(w, weights[name]) for name, w in backbone.state_dict().items())
