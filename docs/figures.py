@@ -23,7 +23,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
-import semantic_fpn  # noqa: E402
+import dense  # noqa: E402
+import segmentation  # noqa: E402
 from scalablevit import (  # noqa: E402
     ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
     scalablevit_tiny)
@@ -76,8 +77,8 @@ def trained(kind, folder=pathlib.Path("runs/figures"), steps=300):
     if not file.exists():
         print(f"training {NAMES[kind]} for {file}", flush=True)
         torch.manual_seed(0)
-        model = semantic_fpn.SemanticFPN(scalablevit_tiny(num_classes=0, pattern=(kind, kind)), 4, 64, 32)
-        semantic_fpn.train(model, steps)
+        model = segmentation.SemanticFPN(scalablevit_tiny(num_classes=0, pattern=(kind, kind)), 4, 64, 32)
+        segmentation.train(model, steps)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.backbone.state_dict(), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
@@ -125,7 +126,7 @@ def maps(out, image=None, weights=None):
     """After the 2nd, the 4th and the last block: the mean over channels of the size of the features."""
     if image is None:
         torch.manual_seed(3)
-        picture = semantic_fpn.draw(1, 224)[0]
+        picture = dense.draw(1, 224)[0]
     else:
         rgb = np.array(Image.open(image).convert("RGB"), dtype=np.float32) / 255
         picture = ((torch.from_numpy(rgb) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))

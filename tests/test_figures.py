@@ -78,8 +78,8 @@ def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
 
 def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    updates, train = [], figures.semantic_fpn.train
-    monkeypatch.setattr(figures.semantic_fpn, "train", lambda model, steps: updates.append(steps) or train(model, 1))
+    updates, train = [], figures.segmentation.train
+    monkeypatch.setattr(figures.segmentation, "train", lambda model, steps: updates.append(steps) or train(model, 1))
     figures.maps(tmp_path)
     figures.maps(tmp_path)
     assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3 and (tmp_path / "maps.png").exists()
