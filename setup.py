@@ -17,8 +17,8 @@ class SourceDist(sdist):
     """A source distribution has all that is needed to build, test and train."""
 
     def make_release_tree(self, base_dir, files):
-        folders = ("csrc", "docs", "tests", "tests/exercises")
-        own = [file for folder in folders for file in glob.glob(f"{folder}/*.*")]
+        own = [file for folder in ("csrc", "docs", "tests") for file in glob.glob(f"{folder}/**/*.*", recursive=True)
+               if os.path.isfile(file) and "__pycache__" not in file]
         super().make_release_tree(base_dir, sorted({*files, "train_minimal.py", *own}))
 
 
@@ -54,7 +54,8 @@ setup(
     description="ScalableViT in one file, with C++/CUDA kernels",
     py_modules=["scalablevit"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.11", "numpy", "Pillow"],
-    extras_require={"test": ["pytest", "hypothesis"], "figures": ["matplotlib"]},
+    install_requires=["torch>=2.11"],
+    extras_require={"train": ["torchvision"], "test": ["pytest", "hypothesis", "torchvision"],
+                    "figures": ["matplotlib", "torchvision"], "detection": ["torchvision", "pycocotools"]},
     **{"cmdclass": {"sdist": SourceDist}} | extension(),
 )
