@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from scalablevit import IWSA, PEG, SSA
 
@@ -21,7 +21,8 @@ from . import ops  # noqa: F401  (defines torch.ops.scalablevit)
 from ._C import devices  # the types of device that there are kernels for
 
 LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer and activation, which has no gradient
-register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])
+if LINEAR not in flop_registry:
+    register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])
 
 
 def hooks_of(layer):
