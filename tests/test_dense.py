@@ -42,7 +42,8 @@ class Maps(nn.Module):
 
     def forward_features(self, images):
         H, W = images.shape[2:]
-        return [images.new_empty(1, C, math.ceil(H / s), math.ceil(W / s)) for C, s in zip(self.channels, (4, 8, 16, 32))]
+        return [images.new_empty(1, C, math.ceil(H / s), math.ceil(W / s))
+                for C, s in zip(self.channels, (4, 8, 16, 32))]
 
 
 def semantic_fpn(images, model):
@@ -50,7 +51,7 @@ def semantic_fpn(images, model):
 
 
 def upernet(images, model):
-    """Of UperNet the paper's tool counts what runs in a test: not the auxiliary head, whose parameters it does count."""
+    """Of UperNet the paper's tool counts what runs in a test: not the auxiliary head, but that one's parameters."""
     model(images)
 
 

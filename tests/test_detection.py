@@ -43,7 +43,8 @@ def check(image, target):
     """Boxes and masks lie where the image is white, and labels follow the boxes' shapes."""
     masks = target["masks"].bool()
     assert torch.equal(masks.any(dim=0), image[0] > 0.5)
-    for mask, (x0, y0, x1, y1), label in zip(masks, target["boxes"].int().tolist(), target["labels"].tolist(), strict=True):
+    boxes, labels = target["boxes"].int().tolist(), target["labels"].tolist()
+    for mask, (x0, y0, x1, y1), label in zip(masks, boxes, labels, strict=True):
         assert mask[y0:y1, x0:x1].all() and mask.sum() == (x1 - x0) * (y1 - y0)
         assert label == (3 if x1 - x0 > y1 - y0 else 7)
 
@@ -86,7 +87,8 @@ def test_average_precision(folder):
 
 def test_nothing_found_is_a_precision_of_zero(folder):
     dataset = dense.coco(folder, "val")
-    nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0), scores=torch.zeros(0), masks=torch.zeros(0, 1, 48, 60))
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0),
+               "masks": torch.zeros(0, 1, 48, 60)}
     model = torch.nn.Identity()
     model.forward = lambda images: [nothing]
     assert detection.evaluate(model, dataset) == {"bbox": (0, 0), "segm": (0, 0)}

@@ -25,7 +25,7 @@ from segmentation import SemanticFPN, UperNet
 @given(kwargs=architectures(), H=st.integers(1, 70), W=st.integers(1, 70), classes=st.integers(1, 4))
 def test_any_backbone_and_any_size(make, kwargs, H, W, classes):
     if make is UperNet:
-        kwargs = kwargs | {name: (kwargs[name] * 2)[:4] for name in ("depths", "heads", "rc", "rn")}   # two stages or more
+        kwargs = kwargs | {name: (kwargs[name] * 2)[:4] for name in ("depths", "heads", "rc", "rn")}    # two stages on
     model = make(ScalableViT(**kwargs | {"num_classes": 0}), classes, width=8, head=4).eval()
     with torch.no_grad():
         assert model(torch.randn(2, kwargs["in_chans"], H, W)).shape == (2, classes, H, W)
@@ -54,7 +54,8 @@ def test_it_learns_what_a_per_pixel_classifier_cannot():
     pixel = nn.Sequential(nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1))
     network = SemanticFPN(scalablevit_tiny(num_classes=0), 4, width=32, head=16)
     held_out = list(itertools.islice(segmentation.drawn(32), 4))
-    by_pixel, by_network = (segmentation.mean_iou(segmentation.train(model, 120), held_out) for model in (pixel, network))
+    by_pixel, by_network = (segmentation.mean_iou(segmentation.train(model, 120), held_out)
+                            for model in (pixel, network))
     assert by_pixel < 22 and by_network > by_pixel + 5
 
 
@@ -66,10 +67,10 @@ def test_mean_iou_by_hand(classes, seed):
     occurring = classes - seed % 2
     labels, found = (torch.randint(occurring, (2, 1, 3, 4), generator=random) for _ in range(2))
     labels[torch.rand(labels.shape, generator=random) < 0.2] = 255
-    scores = []
+    pixels, scores = list(enumerate(zip(labels.flatten().tolist(), found.flatten().tolist()))), []
     for c in range(classes):
-        in_label = {i for i, x in enumerate(labels.flatten().tolist()) if x == c}
-        in_found = {i for i, (x, y) in enumerate(zip(labels.flatten().tolist(), found.flatten().tolist())) if y == c and x != 255}
+        in_label = {i for i, (label, _) in pixels if label == c}
+        in_found = {i for i, (label, answer) in pixels if answer == c and label != 255}
         if in_label | in_found:
             scores.append(len(in_label & in_found) / len(in_label | in_found))
     answers = iter(nn.functional.one_hot(found, classes).permute(0, 1, 4, 2, 3).float())
@@ -107,13 +108,14 @@ def ade20k(tmp_path):
 
 
 def test_an_ade20k_folder(ade20k):
-    """Classes 1 to 150 become 0 to 149, and 0 becomes 255, as does what pads a crop; the image moves with its labels."""
+    """Classes 1 to 150 become 0 to 149; 0 becomes 255, as does what pads a crop; an image moves with its labels."""
     image, labels = dense.ADE20K(ade20k, "validation", 32)[0]
     assert image.shape == (3, 32, 64) and labels.shape == (40, 80)
     assert labels[0, ::20].tolist() == [255, 0, 1, 149]
     for _ in range(5):
         image, labels = dense.ADE20K(ade20k, "training", 32)[0]
-        assert image.shape == (3, 32, 32) and labels.shape == (32, 32) and set(labels.unique().tolist()) <= {0, 1, 149, 255}
+        assert image.shape == (3, 32, 32) and labels.shape == (32, 32)
+        assert set(labels.unique().tolist()) <= {0, 1, 149, 255}
         inside, outside = (image[0][(labels == 149) == sought].mean() for sought in (True, False))
         assert inside.isnan() or outside.isnan() or inside > outside + 1                # class 150 is the bright one
     image, labels = dense.ADE20K(ade20k, "training", 32)[1]         # 16 x 128: half of the crop is padding
@@ -135,12 +137,13 @@ def test_the_program_trains_on_an_ade20k_folder(ade20k, tmp_path, monkeypatch, c
 
 
 def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
-    """A bare state dict, a checkpoint of the training program, and a published one, which is converted; heads are left."""
+    """A bare state dict, a checkpoint of the training program, a published one, which is converted; without a head."""
     classifier = scalablevit_tiny(num_classes=3)
     weights = classifier.state_dict()
     published = {"patch_embeds.0.proj.weight" if name == "stages.0.embed.conv.weight" else name: w
                  for name, w in weights.items()}
-    monkeypatch.setattr(dense.scalablevit, "convert_official", lambda found: weights if found.keys() == published.keys() else {})
+    monkeypatch.setattr(dense.scalablevit, "convert_official",
+                        lambda found: weights if found.keys() == published.keys() else {})
     for checkpoint in (weights, {"model": weights, "settings": {}}, {"model": published}):
         torch.save(checkpoint, tmp_path / "weights.pt")
         backbone = dense.pretrained("tiny", tmp_path / "weights.pt")
