@@ -1,11 +1,10 @@
 """Kernels for ScalableViT, asked for by name:
 
-    from scalablevit_kernels import fuse
+    from scalablevit_kernels import fuse, unfuse
     model = fuse(scalablevit_s())       # the same parameters, the same state dict; IWSA runs in one pass over memory
     model = unfuse(model)               # as it was
 
-scalablevit.py knows nothing of this package.  `fuse` gives a layer a subclass of its class that overrides `forward`, and
-only where the kernels compute what the layer does.
+scalablevit.py knows nothing of this package: `fuse` gives a layer a subclass of its class with another `forward`.
 """
 import copy
 import math
@@ -29,8 +28,7 @@ def hooks_of(layer):
     return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
 
 
-def is_bare(layer):
-    """Whether a call of the layer runs its class's forward and nothing else."""
+def is_bare(layer):                                 # a call of it runs its class's forward and nothing else
     return not any(hooks_of(layer)) and "forward" not in vars(layer)
 
 
@@ -62,23 +60,18 @@ class FusedIWSA(IWSA):
         return self.proj(scalablevit.window_merge_lim(z, qkv, lim.weight, lim.bias, M))
 
 
-def takes_onednn(x, layer):
-    """Whether oneDNN's linear layer can compute this one: inference on a CPU."""
+def takes_onednn(x, layer):                         # oneDNN's linear layer can compute this one: inference on a CPU
     return (x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
             and x.shape[-1] == layer.in_features
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()))
 
 
-class FusedLinear(nn.Linear):
-    """A linear layer by oneDNN."""
-
+class FusedLinear(nn.Linear):                       # by oneDNN
     def forward(self, x):
         return LINEAR(x, self.weight, self.bias, "none", [], "none") if takes_onednn(x, self) else super().forward(x)
 
 
-class FusedMLP(nn.Sequential):
-    """fc1, GELU and fc2, where oneDNN applies the GELU on the fly."""
-
+class FusedMLP(nn.Sequential):                      # fc1, GELU and fc2, where oneDNN applies the GELU on the fly
     def forward(self, x):
         fc1, gelu, fc2 = self
         plain = type(fc1) is FusedLinear and type(gelu) is nn.GELU and gelu.approximate == "none"
@@ -87,9 +80,7 @@ class FusedMLP(nn.Sequential):
         return fc2(LINEAR(x, fc1.weight, fc1.bias, "gelu", [], "none"))
 
 
-class FusedDepthwise(nn.Conv2d):
-    """A depthwise convolution, in float32 under autocast on a CPU, where bfloat16's backward takes ten times as long."""
-
+class FusedDepthwise(nn.Conv2d):    # in float32 under autocast on a CPU, where bfloat16's backward takes 10 x as long
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
@@ -98,10 +89,8 @@ class FusedDepthwise(nn.Conv2d):
 
 
 def computes_the_same(layer):
-    """Whether the kernels compute what this IWSA does, whose text or parts a reader may have changed.
-
-    Both are tried in float64 on a map of whole and cut windows, with random weights, in both modes, gradients too.
-    """
+    """Whether the kernels compute what this IWSA does, whose text or parts a reader may have changed: a try in float64
+    on a map of whole and cut windows, with random weights, in both modes, gradients too."""
     generator = torch.Generator().manual_seed(0)
     layer = copy.deepcopy(layer).to("cpu", torch.float64)
     for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
@@ -120,7 +109,8 @@ def computes_the_same(layer):
             seen += [out, *torch.autograd.grad(out.square().sum(), inputs)]
         return seen
 
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]):
+    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
+          torch.random.fork_rng([])):
         return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(results(IWSA), results(FusedIWSA)))
 
 

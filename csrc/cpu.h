@@ -19,16 +19,14 @@
 #endif
 #define INLINED __attribute__((always_inline))
 
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;  // the type that sums are formed in
+// The type that sums are formed in.
+template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // L numbers at once: an extension of GCC and Clang, whose operators work on all of them.
-template <class A, int L>
-struct Vector {
+template <class A, int L> struct Vector {
   typedef A type __attribute__((vector_size(sizeof(A) * L)));
 };
-template <class A, int L>
-using Vec = typename Vector<A, L>::type;
+template <class A, int L> using Vec = typename Vector<A, L>::type;
 
 template <int L, class T>
 INLINED inline Vec<Sum<T>, L> load(const T* p) {
@@ -69,7 +67,15 @@ INLINED inline void for_blocks(int64_t d, F f) {
   for (; j < d; ++j) f(std::integral_constant<int, 1>(), j);
 }
 
-// Calls f(i, neighbour) for the tokens i of a strip whose neighbour, dy rows below and dx columns to the right, is on the map.
+// scale times d channels of each of n tokens, `from_row` and `to_row` apart.
+template <class From, class To>
+static VECTORISED void copy_tokens(int64_t n, int64_t d, const From* from, int64_t from_row, To* to, int64_t to_row,
+                                   Sum<To> scale = 1) {
+  for (int64_t i = 0; i < n; ++i, from += from_row, to += to_row)
+    for_blocks(d, [&](auto L, int64_t j) INLINED { store<L>(to + j, load<L>(from + j) * scale); });
+}
+
+// Calls f(i, neighbour) for a strip's tokens i that have a neighbour dy rows below and dx columns to the right.
 template <class F>
 INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
   if (t.y + dy < 0 || t.y + dy >= g.H) return;
@@ -77,28 +83,28 @@ INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy,
   for (int64_t i = begin; i < end; ++i) f(i, g.token(t.b, t.y + dy, t.x + dx + i));
 }
 
-// Adds F(V) of equation (5) to d channels of a strip's tokens, from `channel` on: rows, `row` apart, at `to`.  v points at V in qkv.
+// Adds F(V) of equation (5) to a strip's tokens, d channels from `channel` on: rows at `to`, `row` apart.  v: V in qkv.
 template <class T>
-INLINED inline void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v, const Sum<T>* weight,
-                            const Sum<T>* bias, Sum<T>* to, int64_t row) {
+static VECTORISED void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v,
+                               const Sum<T>* weight, const Sum<T>* bias, Sum<T>* to, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j;
-    const auto add = [&](int64_t i, auto value) INLINED { store<L>(to + i * row + j, load<L>(to + i * row + j) + value); };
-    for (int64_t i = 0; i < t.tokens; ++i) add(i, load<L>(bias + c));
+    const auto add = [&](Sum<T>* sum, auto more) INLINED { store<L>(sum, load<L>(sum) + more); };
+    for (int64_t i = 0; i < t.tokens; ++i) add(to + i * row + j, load<L>(bias + c));
     for (int64_t tap = 0; tap < k * k; ++tap) {
       const auto w = load<L>(weight + tap * C + c);
       for_neighbours(g, t, tap / k - k / 2, tap % k - k / 2, [&](int64_t i, int64_t neighbour) INLINED {
-        add(i, w * load<L>(v + neighbour * 3 * C + c));
+        add(to + i * row + j, w * load<L>(v + neighbour * 3 * C + c));
       });
     }
   });
 }
 
-// V at a token went into the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is added to
-// the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias's.
+// V at a token went into the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is added
+// to the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias's.
 template <class T>
-INLINED inline void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
-                                     const T* v, const Sum<T>* weight, Sum<T>* sums, Sum<T>* dv, int64_t row) {
+static VECTORISED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
+                                        const T* v, const Sum<T>* weight, Sum<T>* sums, Sum<T>* dv, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j, first = g.token(t.b, t.y, t.x);
     for (int64_t tap = 0; tap <= k * k; ++tap) {
@@ -118,7 +124,7 @@ INLINED inline void add_lim_backward(const Windows& g, const Strip& t, int64_t c
   });
 }
 
-// Gradients of weight (C, k²) and bias (C): work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).
+// The gradients of weight and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).
 template <class A, class F>
 void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, A* dweight, A* dbias, F work) {
   const int64_t size = (k * k + 1) * C, n = std::clamp<int64_t>(pieces, 1, 32);

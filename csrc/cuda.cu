@@ -3,17 +3,14 @@
 //
 // How work is mapped to threads:
 // - Neighbouring threads touch neighbouring addresses, 16 bytes each: a pack of V channels.  A thread takes one pack
-//   along all tokens of a strip (windows.h).  A block is x packs wide and y strips high, so that all its threads are
-//   busy, whether C is 64 or 512.
-// - A strip is found with 64-bit divisions, once.  From token to token, addresses are only added to.
-// - A thread reads the k² neighbours of its token straight from memory: other threads of the block, and the blocks of
-//   the rows above and below, read the same addresses at about the same time, so that the caches serve most of them.
-//   With k = 3, which the compiler is told, the 9 loads are under way together and the 9 weights stay in registers.
-//   Then a thread computes for about as long as its bytes take to arrive, or less (counted in the machine code for
-//   sm_90; it has not run on a GPU yet).  Any other k runs the same text, more slowly.
-// - The weight's gradient is a sum over all tokens.  A block takes one part of the strips, and each thread keeps the
-//   sums of one pack, for 9 taps and the bias, in registers.  The threads' sums are added in shared memory, and the
-//   parts by a second kernel, always in the same order: no atomics, and the same result in every run.
+//   along all tokens of a strip (windows.h), which it finds with 64-bit divisions, once.  A block is x packs wide and
+//   y strips high, so that all its threads are busy, whether C is 64 or 512.
+// - A thread reads the k² neighbours of its token straight from memory: the threads around it read the same addresses
+//   at about the same time, so that the caches serve most of them.  With k = 3, which the compiler is told, 9 loads
+//   are under way together and 9 weights stay in registers (in the machine code for sm_90; not yet run on a GPU).
+// - The weight's gradient is a sum over all tokens.  A block takes one part of the strips, and a thread keeps the sums
+//   of one pack, for 9 taps and the bias, in registers.  They are added in shared memory, and the parts by a second
+//   kernel, always in the same order: no atomics, and the same result in every run.
 // - Nothing waits for the device and nothing is allocated: the kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,26 +27,21 @@
 #endif
 
 namespace {
+constexpr int block_threads = 256, blocks_at_once = 2;  // which leaves 128 registers to a thread
 
-// Two blocks at a time leave 128 registers for each thread of a multiprocessor.
-constexpr int block_threads = 256, blocks_at_once = 2;
-
-template <class T>
-using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <int n> using Constant = std::integral_constant<int, n>;
 
 // By name, because PyTorch's build turns the implicit conversions off.
-template <class T>
-__device__ T widen(T x) { return x; }
+template <class T> __device__ T widen(T x) { return x; }
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widen(__half x) { return __half2float(x); }
-template <class T>
-__device__ void narrow(T x, T& to) { to = x; }
+template <class T> __device__ void narrow(T x, T& to) { to = x; }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 
 // V neighbouring channels, loaded and stored together.
-template <class T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
 // Zeros where `there` is false: chosen for 16 bytes at once, because number by number takes far longer.
@@ -58,14 +50,10 @@ __device__ Pack<T, V> load(const T* p, bool there = true) {
   if constexpr (sizeof(Pack<T, V>) == sizeof(uint4)) {
     const uint4 words = there ? *reinterpret_cast<const uint4*>(p) : uint4{};
     return reinterpret_cast<const Pack<T, V>&>(words);
-  } else {
-    return there ? *reinterpret_cast<const Pack<T, V>*>(p) : Pack<T, V>{};
-  }
+  } else return there ? *reinterpret_cast<const Pack<T, V>*>(p) : Pack<T, V>{};
 }
 template <int V, class T>
-__device__ void store(T* p, const Pack<T, V>& pack) {
-  *reinterpret_cast<Pack<T, V>*>(p) = pack;
-}
+__device__ void store(T* p, const Pack<T, V>& pack) { *reinterpret_cast<Pack<T, V>*>(p) = pack; }
 
 // The strips of a thread: the first, and how far it is to the next one where the grid is smaller than the work.
 __device__ int64_t first_strip() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
@@ -93,12 +81,10 @@ __global__ void partition_kernel(Windows g, unsigned size, Word* __restrict__ ma
 
 // ---------------------------------------------------------------- window merge + LIM and its backward
 // The weights of a thread's pack, from (k, k, C).  With k = K they stay in registers; K = 0 stands for any other k.
-template <class A, int V, int K>
-struct Weights {
+template <class A, int V, int K> struct Weights {
   const A* in_memory;
   int64_t C;
   Pack<A, V> in_registers[K * K + 1];
-
   __device__ Weights(const A* weight, int64_t C, unsigned c) : in_memory(weight + c), C(C) {
     for (int tap = 0; tap < K * K; ++tap) in_registers[tap] = load<V>(in_memory + tap * C);
   }
@@ -163,10 +149,8 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
       T* own = dz + g.group(0, t.window, c / d, t.position) * d + c % d;
       T* dq = dqkv + token * 3 * C + c;
       for (unsigned i = 0; i < g.M; ++i, here += C, own += d, dq += 3 * C) {
-        if (i >= t.tokens) {
-          store(own, Pack<T, V>{});
-          continue;
-        }
+        store(own, load<V>(here, i < t.tokens));
+        if (i >= t.tokens) continue;
         Pack<Sum<T>, V> sum = {};
         add_neighbours<K, true>(sum, g, k, t.y, t.x + i, here, C, weights);
         Pack<T, V> dv;
@@ -174,7 +158,6 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
         store(dq, Pack<T, V>{});
         store(dq + C, Pack<T, V>{});
         store(dq + 2 * C, dv);
-        store(own, load<V>(here));
       }
     }
   }
@@ -263,43 +246,34 @@ dim3 block_for(int64_t items) {
   const int64_t x = divide_up(items, divide_up(items, MAX_THREADS));
   return dim3(x, MAX_THREADS / x);
 }
-dim3 grid_for(const Windows& g, dim3 block) {
-  return dim3(std::min<int64_t>(divide_up(g.strips(), block.y), MAX_BLOCKS));
-}
+dim3 grid_for(const Windows& g, dim3 block) { return std::min<int64_t>(divide_up(g.strips(), block.y), MAX_BLOCKS); }
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0) return cudaSuccess;  // an empty batch
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
+  const cudaLaunchConfig_t config = {grid, block, 0, stream};
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-template <int n>
-using Constant = std::integral_constant<int, n>;
+template <class... Pointers>
+bool aligned(Pointers... p) { return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...); }
 
 // Calls f with a kernel's T (a zero of that type), V and K.  wide(V): whether V channels can be loaded together.
-template <class T, class Wide, class F>
-cudaError_t with_width(T zero, int64_t k, Wide wide, F f) {
-  constexpr Constant<16 / sizeof(T)> V = {};
-  if (wide(V)) return k == 3 ? f(zero, V, Constant<3>{}) : f(zero, V, Constant<0>{});
-  return k == 3 ? f(zero, Constant<1>{}, Constant<3>{}) : f(zero, Constant<1>{}, Constant<0>{});
-}
 template <class Wide, class F>
 cudaError_t with_type(Type type, int64_t k, Wide wide, F f) {
+  const auto with_k = [&](auto zero, auto V) { return k == 3 ? f(zero, V, Constant<3>{}) : f(zero, V, Constant<0>{}); };
+  const auto with_width = [&](auto zero) {
+    constexpr int V = 16 / sizeof(zero);
+    return wide(V) ? with_k(zero, Constant<V>{}) : with_k(zero, Constant<1>{});
+  };
   switch (type) {
-    case Type::Float32: return with_width(float{}, k, wide, f);
-    case Type::Float64: return with_width(double{}, k, wide, f);
-    case Type::BFloat16: return with_width(__nv_bfloat16{}, k, wide, f);
-    case Type::Float16: return with_width(__half{}, k, wide, f);
+    case Type::Float32: return with_width(float{});
+    case Type::Float64: return with_width(double{});
+    case Type::BFloat16: return with_width(__nv_bfloat16{});
+    case Type::Float16: return with_width(__half{});
   }
   return cudaErrorInvalidValue;
 }
-
 }  // namespace
 
 cudaError_t cuda::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward,
@@ -311,15 +285,14 @@ cudaError_t cuda::partition(const Windows& g, int64_t itemsize, void* map, void*
     const dim3 block = block_for(3 * g.heads * size);
     return launch(kernel, grid_for(g, block), block, stream, g, size, map, windows);
   };
-  const bool wide = g.d * itemsize % 16 == 0 && aligned(map) && aligned(windows);
-  return wide ? move_words(uint4{}) : move_words(uint16_t{});
+  return g.d * itemsize % 16 == 0 && aligned(map, windows) ? move_words(uint4{}) : move_words(uint16_t{});
 }
 
 cudaError_t cuda::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
                             const void* weight, const void* bias, void* out, cudaStream_t stream) {
   const auto wide = [&](int64_t V) {
     return g.d % V == 0 && z_strides.window % V == 0 && z_strides.head % V == 0 && z_strides.position % V == 0 &&
-           aligned(z) && aligned(qkv) && aligned(weight) && aligned(bias) && aligned(out);
+           aligned(z, qkv, weight, bias, out);
   };
   return with_type(type, k, wide, [&](auto zero, auto V, auto K) {
     const dim3 block = block_for(g.channels() / V);
@@ -331,9 +304,7 @@ cudaError_t cuda::merge_lim(const Windows& g, Type type, int64_t k, const void* 
 cudaError_t cuda::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
                                      const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts,
                                      cudaStream_t stream) {
-  const auto wide = [&](int64_t V) {
-    return g.d % V == 0 && aligned(grad) && aligned(qkv) && aligned(weight) && aligned(dz) && aligned(dqkv);
-  };
+  const auto wide = [&](int64_t V) { return g.d % V == 0 && aligned(grad, qkv, weight, dz, dqkv); };
   return with_type(type, k, wide, [&](auto zero, auto V, auto K) {
     using T = decltype(zero);
     const int64_t C = g.channels(), taps = k * k;

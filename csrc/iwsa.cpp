@@ -1,28 +1,23 @@
 // IWSA on the CPU in one pass: all that lies between its two linear layers, (B, H, W, 3C) -> (B, H, W, C).
-//
-// The last rung of a ladder: plain PyTorch (scalablevit.py); partition and merge + LIM around PyTorch's attention (cpu.cpp);
-// and this.  A thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in the cache,
-// attends, adds LIM and writes the result to its place: windows and attention matrices never reach memory.  Where the border
-// cuts a window, its real tokens alone are gathered, and nothing is masked.  The backward pass computes attention again.
+// A thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in the cache,
+// attends, adds LIM and writes the result to its place: windows and attention matrices never reach memory.  Of a window
+// that the border cuts, only real tokens are gathered: nothing is masked.  The backward pass computes attention again.
 #include <cmath>
 
 #include "cpu.h"
 
 namespace {
-
 constexpr int64_t LANES = 16, WIDTH = 2 * LANES;
 constexpr int64_t QUERIES = 56;  // taken at a time, so that the scores of a large window need not be stored whole
 
 // The left factor of a product: number (i, j) lies at numbers[i * row + j * column], so that it may be a transposed.
-template <class A>
-struct Left {
+template <class A> struct Left {
   A* numbers;
   int64_t row, column;
 };
 
 // A matrix of the buffers: rows begin at multiples of 32 numbers and end with padding.
-template <class A>
-struct Matrix {
+template <class A> struct Matrix {
   struct alignas(64) Line {
     A numbers[WIDTH];
   };
@@ -74,8 +69,7 @@ INLINED inline Vec<double, L> exp(Vec<double, L> x) {
   return x;
 }
 
-// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by its Taylor series, 2^n by adding n to the exponent.  What would be below
-// 2^-126 is 0; NaN stays NaN.
+// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by its Taylor series, 2^n by adding n to the exponent; 0 below 2^-126.
 template <int L>
 INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   constexpr float round = 0x1.8p23f;  // adding it leaves no room for a fraction
@@ -95,9 +89,8 @@ INLINED inline Vec<float, L> exp(Vec<float, L> x) {
 // f of all L numbers: of two halves, then of their halves.
 template <int L, class A, class F>
 INLINED inline A reduce(Vec<A, L> v, F f) {
-  if constexpr (L == 1) {
-    return v[0];
-  } else {
+  if constexpr (L == 1) return v[0];
+  else {
     Vec<A, L / 2> half[2];
     std::memcpy(half, &v, sizeof(v));
     return reduce<L / 2, A>(f(half[0], half[1]), f);
@@ -152,9 +145,8 @@ VECTORISED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix
 }
 
 // ---------------------------------------------------------------- one head of one window
-// The buffers of one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V, equation (4), and, for the backward pass, gradients.
-template <class A>
-struct Head {
+// The buffers of one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V, equation (4), and what the backward pass needs.
+template <class A> struct Head {
   int64_t d;
   A scale;
   Matrix<A> q, key, v, key_t, p, z, dz, v_t, ds, dq, dk, dv;
@@ -183,12 +175,12 @@ struct Head {
     transpose(n, d, v, v_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      scores(i, m, n);                                             // P
-      product(m, d, n, dz.from(i), v_t, 0, ds, 0);             // dP = dZ Vᵀ
-      softmax_backward(m, n, p, ds);                               // dS, in place of dP
-      product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);        // dV += Pᵀ dZ
-      product(n, m, d, ds.transposed(), q, i, dk, 0, i > 0);        // dK += dSᵀ Q
-      product(m, n, d, ds.from(0), key, 0, dq, i);                // dQ = dS K
+      scores(i, m, n);                                        // P
+      product(m, d, n, dz.from(i), v_t, 0, ds, 0);            // dP = dZ Vᵀ
+      softmax_backward(m, n, p, ds);                          // dS, in place of dP
+      product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);  // dV += Pᵀ dZ
+      product(n, m, d, ds.transposed(), q, i, dk, 0, i > 0);  // dK += dSᵀ Q
+      product(m, n, d, ds.from(0), key, 0, dq, i);            // dQ = dS K
     }
   }
 };
@@ -207,41 +199,21 @@ struct Place {
 
 // The head's channels of the map (B, H, W, C), or of a third of one, `stride` numbers to a token.
 template <class T>
-VECTORISED void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
-  for (int64_t i = 0, y = 0; y < at.rows; ++y) {
-    const T* token = map + at.token(y) * stride + at.channel;
-    for (int64_t x = 0; x < at.columns; ++x, ++i, token += stride)
-      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(to.row(i) + j, load<L>(token + j)); });
-  }
-}
-
-template <class T>
-VECTORISED void scatter(const Place& at, Matrix<Sum<T>>& from, Sum<T> scale, T* map, int64_t stride) {
-  for (int64_t i = 0, y = 0; y < at.rows; ++y) {
-    T* token = map + at.token(y) * stride + at.channel;
-    for (int64_t x = 0; x < at.columns; ++x, ++i, token += stride)
-      for_blocks(at.g.d, [&](auto L, int64_t j) INLINED { store<L>(token + j, load<L>(from.row(i) + j) * scale); });
-  }
-}
-
-// Z += F(V), equation (5), and its backward.
-template <class T>
-VECTORISED void lim(const Place& at, int64_t k, const T* v, const Sum<T>* weight, const Sum<T>* bias,
-                    Matrix<Sum<T>>& z) {
+void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
   for (int64_t y = 0; y < at.rows; ++y)
-    add_lim(at.g, at.row(y), at.channel, k, v, weight, bias, z.row(y * at.columns), z.stride);
+    copy_tokens(at.columns, at.g.d, map + at.token(y) * stride + at.channel, stride, to.row(y * at.columns), to.stride);
 }
 
 template <class T>
-VECTORISED void lim_backward(const Place& at, int64_t k, const T* grad, const T* v, const Sum<T>* weight, Sum<T>* sums,
-                             Matrix<Sum<T>>& dv) {
+void scatter(const Place& at, Matrix<Sum<T>>& from, Sum<T> scale, T* map, int64_t stride) {
   for (int64_t y = 0; y < at.rows; ++y)
-    add_lim_backward(at.g, at.row(y), at.channel, k, grad, v, weight, sums, dv.row(y * at.columns), dv.stride);
+    copy_tokens(at.columns, at.g.d, from.row(y * at.columns), from.stride, map + at.token(y) * stride + at.channel,
+                stride, scale);
 }
-
 }  // namespace
 
-void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias, void* out) {
+void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias,
+               void* out) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* map = (const T*)qkv;
@@ -252,7 +224,9 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
         const Place at(g, i);
         gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
         h.attend(at.rows * at.columns);
-        lim(at, k, map + 2 * C, (const Sum<T>*)weight, (const Sum<T>*)bias, h.z);
+        for (int64_t y = 0; y < at.rows; ++y)
+          add_lim(g, at.row(y), at.channel, k, map + 2 * C, (const Sum<T>*)weight, (const Sum<T>*)bias,
+                  h.z.row(y * at.columns), h.z.stride);
         scatter(at, h.z, Sum<T>(1), (T*)out, C);
       }
     });
@@ -273,7 +247,9 @@ void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad
         gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
         gather(at, dout, C, h.dz);
         h.attend_backward(at.rows * at.columns);
-        lim_backward(at, k, dout, map + 2 * C, (const Sum<T>*)weight, sums, h.dv);
+        for (int64_t y = 0; y < at.rows; ++y)
+          add_lim_backward(g, at.row(y), at.channel, k, dout, map + 2 * C, (const Sum<T>*)weight, sums,
+                           h.dv.row(y * at.columns), h.dv.stride);
         scatter(at, h.dq, h.scale, to, 3 * C), scatter(at, h.dk, h.scale, to + C, 3 * C);
         scatter(at, h.dv, Sum<T>(1), to + 2 * C, 3 * C);
       }

@@ -1,12 +1,12 @@
-// What ops.py calls, with checked arguments: each function makes the tensors that go out and starts the device's kernel.
+// What ops.py calls, with checked arguments: each function makes the tensors that go out and starts the kernel.
+// Their shapes are in kernels.h.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "kernels.h"
 
-// RUN starts a kernel on t's device, on a GPU on its current stream.  tests/cuda_on_cpu runs the GPU's kernels on a CPU: it
-// says yes to ON_CUDA always.
+// RUN starts a kernel on t's device, on a GPU on its current stream.  To tests/cuda_on_cpu every tensor is ON_CUDA.
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -14,6 +14,7 @@
 #ifndef ON_CUDA
 #define ON_CUDA(t) (t).is_cuda()
 #endif
+#define DEVICES "cpu", "cuda"
 #define RUN(t, kernel, ...)                                                                 \
   if (ON_CUDA(t)) {                                                                         \
     const c10::cuda::CUDAGuard guard((t).device());                                         \
@@ -21,11 +22,11 @@
   } else                                                                                    \
     cpu::kernel(__VA_ARGS__)
 #else
+#define DEVICES "cpu"
 #define RUN(t, kernel, ...) cpu::kernel(__VA_ARGS__)
 #endif
 
 namespace {
-
 using at::Tensor;
 
 Type type_of(const Tensor& t) {
@@ -47,19 +48,15 @@ Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();
 }
 
-// Room for the partial sums of the gradients of weight and bias.
 Tensor parts_for(const Tensor& w) { return at::empty({sum_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options()); }
 
-// (B, H, W, 3C) -> (3, B·windows, heads, M², d)
 Tensor window_partition(const Tensor& qkv, int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
-  const Tensor map = qkv.contiguous();
-  const Tensor windows = at::empty({3, g.count(), heads, window * window, g.d}, map.options());
+  const Tensor map = qkv.contiguous(), windows = at::empty({3, g.count(), heads, window * window, g.d}, map.options());
   RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), false);
   return windows;
 }
 
-// (3, B·windows, heads, M², d) -> (B, H, W, 3C)
 Tensor window_partition_backward(const Tensor& grad, int64_t H, int64_t W, int64_t window) {
   Windows g = {1, H, W, grad.size(2), grad.size(4), window};
   g.B = grad.size(1) / g.count();
@@ -68,7 +65,6 @@ Tensor window_partition_backward(const Tensor& grad, int64_t H, int64_t W, int64
   return map;
 }
 
-// z (B·windows, heads, M², d) and V in qkv (B, H, W, 3C) -> Z + F(V) (B, H, W, C)
 Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t window) {
   const Windows g = windows_of(qkv, z.size(1), window);
   const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = qkv.contiguous();
@@ -80,10 +76,8 @@ Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight
   return out;
 }
 
-// The gradient of the output (B, H, W, C) -> those of z, qkv, weight and bias
-std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tensor& grad, const Tensor& qkv,
-                                                                     const Tensor& weight, int64_t heads,
-                                                                     int64_t window) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(
+    const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
   const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous(), parts = parts_for(w);
   const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
@@ -93,7 +87,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(const Tenso
   return {dz, dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }
 
-// qkv (B, H, W, 3C) -> Z + F(V) (B, H, W, C)
 Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
   const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = qkv.contiguous();
@@ -102,7 +95,6 @@ Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t
   return out;
 }
 
-// The gradient of the output (B, H, W, C) -> those of qkv, weight and bias
 std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
                                                  int64_t heads, int64_t window) {
   const Windows g = windows_of(qkv, heads, window);
@@ -113,7 +105,6 @@ std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tenso
                      dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
   return {dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
 }
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -124,9 +115,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("window_merge_lim_backward", window_merge_lim_backward, release);
   m.def("iwsa", iwsa, release);
   m.def("iwsa_backward", iwsa_backward, release);
-#ifdef WITH_CUDA
-  m.attr("devices") = pybind11::make_tuple("cpu", "cuda");
-#else
-  m.attr("devices") = pybind11::make_tuple("cpu");
-#endif
+  m.attr("devices") = pybind11::make_tuple(DEVICES);
 }

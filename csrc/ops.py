@@ -15,8 +15,7 @@ LIBRARY = Library("scalablevit", "DEF")
 ops = torch.ops.scalablevit
 
 
-def windows(H, W, M):
-    """How many windows a map has."""
+def windows(H, W, M):                                               # how many a map has
     return -(-H // M) * -(-W // M)
 
 
@@ -48,7 +47,7 @@ def check(qkv, heads, M, **others):
 
 
 def operator(schema, devices=_C.devices):
-    """Defines the operator whose arguments the decorated function checks; it returns a function that makes what goes out."""
+    """Defines the operator whose arguments the decorated function checks; it returns what makes the fake outputs."""
     def define(checked):
         name, kernel = f"scalablevit::{checked.__name__}", getattr(_C, checked.__name__)
         LIBRARY.define(checked.__name__ + schema)
@@ -65,99 +64,81 @@ def operator(schema, devices=_C.devices):
 
 
 @operator("(Tensor qkv, int heads, SymInt window) -> Tensor")
-def window_partition(qkv, heads, M):
-    """(B, H, W, 3C) -> (3, B·windows, heads, M², d)"""
+def window_partition(qkv, heads, M):                                # -> (3, B·windows, heads, M², d)
     B, H, W, C = check(qkv, heads, M)
     return lambda: qkv.new_empty(3, B * windows(H, W, M), heads, M * M, C // heads)
 
 
 @operator("(Tensor grad, SymInt H, SymInt W, SymInt window) -> Tensor")
-def window_partition_backward(grad, H, W, M):
-    """(3, B·windows, heads, M², d) -> (B, H, W, 3C)"""
+def window_partition_backward(grad, H, W, M):                       # -> (B, H, W, 3C)
     fits = grad.ndim == 5 and min(H, W, M) > 0 and max(H, W) < 2 ** 31 and grad.shape[0] == 3 and grad.shape[3] == M * M
     require(fits and grad.shape[1] % windows(H, W, M) == 0,
-            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and a window of at "
-                    f"least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
+            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and a window "
+                    f"of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
     shape = grad.shape[1] // windows(H, W, M), H, W, 3 * grad.shape[2] * grad.shape[4]
     check(torch.empty(shape, dtype=grad.dtype, device="meta"), grad.shape[2], M)
     return lambda: grad.new_empty(shape)
 
 
 @operator("(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor")
-def window_merge_lim(z, qkv, weight, bias, M):
-    """z (B·windows, heads, M², d), V in qkv (B, H, W, 3C), F's weight (C, 1, k, k) and bias (C) -> Z + F(V), (B, H, W, C)"""
+def window_merge_lim(z, qkv, weight, bias, M):                      # -> Z + F(V), (B, H, W, C)
     require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
     B, H, W, C = check(qkv, z.shape[1], M, z=z, weight=weight, bias=bias)
     return lambda: qkv.new_empty(B, H, W, C)
 
 
 @operator("(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window) -> (Tensor, Tensor, Tensor, Tensor)")
-def window_merge_lim_backward(grad, qkv, weight, heads, M):
-    """The gradient of the output -> those of z, qkv, weight and bias"""
+def window_merge_lim_backward(grad, qkv, weight, heads, M):         # -> the gradients of z, qkv, weight and bias
     B, H, W, C = check(qkv, heads, M, weight=weight, grad=grad)
     return lambda: (qkv.new_empty(B * windows(H, W, M), heads, M * M, C // heads), qkv.new_empty(qkv.shape),
                     weight.new_empty(weight.shape), weight.new_empty(C))
 
 
-@operator("(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor", devices="cpu")
-def iwsa(qkv, weight, bias, heads, M):
-    """All that lies between IWSA's two linear layers: (B, H, W, 3C) -> (B, H, W, C)"""
+@operator("(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor", "cpu")
+def iwsa(qkv, weight, bias, heads, M):                              # -> Z + F(V), (B, H, W, C)
     B, H, W, C = check(qkv, heads, M, weight=weight, bias=bias)
     return lambda: qkv.new_empty(B, H, W, C)
 
 
-@operator("(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window) -> (Tensor, Tensor, Tensor)", devices="cpu")
-def iwsa_backward(grad, qkv, weight, heads, M):
-    """The gradient of the output -> those of qkv, weight and bias"""
+@operator("(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window) -> (Tensor, Tensor, Tensor)", "cpu")
+def iwsa_backward(grad, qkv, weight, heads, M):                     # -> the gradients of qkv, weight and bias
     *_, C = check(qkv, heads, M, weight=weight, grad=grad)
     return lambda: (qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C))
 
 
 # ---------------------------------------------------------------------------- gradients
-def save_partition(ctx, qkv, heads, M):
-    ctx.heads, ctx.size = heads, (*qkv.shape[1:3], M)
+def gradient(name, keep, backward):
+    """`keep` takes the operator's inputs to the tensors and the sizes that its `backward` needs."""
+    def save(ctx, inputs, output):
+        tensors, ctx.sizes = keep(*inputs)
+        ctx.save_for_backward(*tensors)
 
-
-def save_partition_backward(ctx, grad, *size):
-    ctx.heads, ctx.size = grad.shape[2], size
-
-
-def save_iwsa(ctx, qkv, weight, bias, heads, M):
-    ctx.save_for_backward(qkv, weight)
-    ctx.sizes = heads, M
-
-
-def save_merge_lim(ctx, z, qkv, weight, bias, M):
-    save_iwsa(ctx, qkv, weight, bias, z.shape[1], M)
+    register_autograd(f"scalablevit::{name}", backward, setup_context=save)
 
 
 def no_second_derivative(ctx, *grads):
     raise NotImplementedError("the kernels have no second derivative of LIM or IWSA: scalablevit_kernels.unfuse(model)")
 
 
-for name, save, backward in (
-        ("window_partition", save_partition,
-         lambda ctx, grad: (ops.window_partition_backward(grad, *ctx.size), None, None)),
-        ("window_partition_backward", save_partition_backward,
-         lambda ctx, grad: (ops.window_partition(grad, ctx.heads, ctx.size[2]), None, None, None)),
-        ("window_merge_lim", save_merge_lim,
-         lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.sizes), None)),
-        ("iwsa", save_iwsa, lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None)),
-        ("window_merge_lim_backward", lambda ctx, *inputs: None, no_second_derivative),
-        ("iwsa_backward", lambda ctx, *inputs: None, no_second_derivative)):
-    register_autograd(f"scalablevit::{name}", backward,
-                      setup_context=lambda ctx, inputs, output, save=save: save(ctx, *inputs))
+gradient("window_partition", lambda qkv, heads, M: ((), (*qkv.shape[1:3], M)),
+         lambda ctx, grad: (ops.window_partition_backward(grad, *ctx.sizes), None, None))
+gradient("window_partition_backward", lambda grad, H, W, M: ((), (grad.shape[2], M)),
+         lambda ctx, grad: (ops.window_partition(grad, *ctx.sizes), None, None, None))
+gradient("window_merge_lim", lambda z, qkv, weight, bias, M: ((qkv, weight), (z.shape[1], M)),
+         lambda ctx, grad: (*ops.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.sizes), None))
+gradient("iwsa", lambda qkv, weight, bias, heads, M: ((qkv, weight), (heads, M)),
+         lambda ctx, grad: (*ops.iwsa_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None))
+gradient("window_merge_lim_backward", lambda *inputs: ((), ()), no_second_derivative)
+gradient("iwsa_backward", lambda *inputs: ((), ()), no_second_derivative)
 
 
 # ---------------------------------------------------------------------------- cost, as PyTorch counts the plain form's
 def flop(shape, weight, backward, heads=None, M=None):              # shape: (B, H, W, C); heads and M: with attention
     B, H, W, C = shape
-    image = (B, C, H, W)
-    if backward:
-        lim = conv_backward_flop(image, image, weight, None, None, None, None, False, None, C, (True, True, True),
-                                 out_val=(image, weight, (C,)))
-    else:
-        lim = conv_flop(image, weight, None, None, None, None, False, out_val=image)
+    image = B, C, H, W
+    unused = [None] * 4                                             # bias, stride, padding and dilation
+    lim = (conv_backward_flop(image, image, weight, *unused, False, None, C, [True] * 3, out_val=(image, weight, (C,)))
+           if backward else conv_flop(image, weight, *unused, False, out_val=image))
     if heads is None:
         return lim
     n, d = B * windows(H, W, M) * heads, C // heads                 # whole windows; what is computed again counts once
