@@ -7,7 +7,6 @@
 scalablevit.py knows nothing of this package: `fuse` gives a layer a subclass of its class with another `forward`.
 """
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,11 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from scalablevit import IWSA, PEG, SSA
 
 from . import ops  # noqa: F401  (defines torch.ops.scalablevit)
-from ._C import devices  # the types of device that there are kernels for
+from ._C import devices  # "cpu", and "cuda" if it was built
 
 LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer and activation, which has no gradient
 if LINEAR not in flop_registry:
-    register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0])
+    register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * x.numel() * weight[0])
 
 
 def hooks_of(layer):

@@ -43,7 +43,7 @@ def medians(functions, args):
 def print_sides(what, names, functions, args, more=""):
     """One line: milliseconds and, in brackets, how many times as fast as the last side."""
     times = medians(functions, args)
-    print(f"{what:32}" + "".join(f"{name} {t:.1f} ({times[-1] / t:.2f})".ljust(28) for name, t in zip(names, times)) + more,
+    print(f"{what:36}" + "".join(f"{name} {t:.1f} ({times[-1] / t:.2f})".ljust(28) for name, t in zip(names, times)) + more,
           flush=True)
     return times
 
@@ -107,7 +107,7 @@ def models(args):
             sides = {"limit": limit(images, dtype)} | sides
         times = print_sides(f"{what}, {str(dtype)[6:]}", sides, sides.values(), args)
         if make is inference:
-            print(f"{'':32}fused / limit {times[1] / times[0]:.2f}")
+            print(f"{'':36}fused / limit {times[1] / times[0]:.2f}")
     if args.compile:
         for freezing in False, True:
             with torch._inductor.config.patch(freezing=freezing):
