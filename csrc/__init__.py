@@ -95,7 +95,7 @@ def computes_the_same(layer):
     for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
         hooks.clear()                                               # a probe is not for them to see
     for p in layer.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / max(p[0].numel(), 1) ** 0.5
+        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[1:].numel() ** 0.5
         p.requires_grad_()
     M = min(layer.window, 7)
     x = torch.randn(2, M + 2, 2 * M + 1, layer.proj.in_features, generator=generator, dtype=torch.float64)
@@ -105,7 +105,7 @@ def computes_the_same(layer):
         layer.__class__, seen = cls, []
         for mode in (True, False):
             out = layer.train(mode)(x)
-            seen += [out, *torch.autograd.grad(out.square().sum(), inputs)]
+            seen += [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
         return seen
 
     with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),

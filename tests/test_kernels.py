@@ -399,6 +399,10 @@ def changes():
     def hook(kind, result):
         return lambda module: getattr(module.lim, f"register_{kind}_hook")(result)
 
+    def temperature(module):                                        # a parameter that the kernels do not know
+        module.temperature, attend = nn.Parameter(torch.tensor(2.0)), module.attend
+        module.attend = lambda qkv: module.temperature * attend(qkv)
+
     class Doubled(IWSA):
         def attend(self, qkv, top=0, left=0):
             return 2 * super().attend(qkv, top, left)
@@ -417,12 +421,13 @@ def changes():
         "no bias": lim(bias=False),
         "oblong": lim(kernel_size=(3, 5), padding=(1, 2)),
         "no convolution": lambda module: setattr(module, "lim", nn.Identity()),
+        "a parameter of its own": temperature,
         "an attention of its own": lambda module: setattr(module, "attend", lambda qkv: 0 * qkv[..., :8]),
         "a subclass": lambda module: setattr(module, "__class__", Doubled),
     }
 
 
-BEFORE_FUSE_ALONE = {"an attention of its own", "a subclass"}       # afterwards they undo the fusing themselves, or cannot
+BEFORE_FUSE_ALONE = {"a parameter of its own", "an attention of its own", "a subclass"}  # afterwards they undo the fusing themselves, or cannot
 
 
 @on_devices
