@@ -425,9 +425,9 @@ def count_macs(model, size):
     image = torch.empty(1, model.config["in_chans"], *size, device="meta", dtype=model.norm.weight.dtype)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         torch.func.functional_call(model, meta, image)
-    flops = counter.get_flop_counts()["Global"]                     # two for each multiply-accumulate
-    attention = flops.pop(torch.ops.aten.bmm, 0)
-    return {"modules": sum(flops.values()) // 2, "attention": attention // 2}
+    macs = {str(op): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = macs.pop("aten.bmm", 0)                             # matrix products of two activations
+    return {"modules": sum(macs.values()), "attention": attention}
 
 
 def main():
