@@ -64,25 +64,21 @@ def fail(result):
     return err
 
 
-def log_of(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+def log_of(output, key):
+    return [json.loads(line)[key] for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 def load(output, name="last.pt"):
     return torch.load(output / name, weights_only=True)
 
 
-def assert_same_end(a, b):
-    """The same weights and the same log, to the last bit."""
-    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+def assert_same_end(a, b, exactly=True):
+    """The same weights and log, to the last bit; or but for float32's rounding, of which AdamW's first steps make much."""
     ours, theirs = load(a)["model"], load(b)["model"]
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def assert_close_end(a, b):
-    """The same but for float32's rounding; AdamW's first steps make much of it where a gradient is almost zero."""
-    assert [entry["loss"] for entry in log_of(a)] == pytest.approx([entry["loss"] for entry in log_of(b)], rel=1e-4)
-    ours, theirs = load(a)["model"], load(b)["model"]
+    if exactly:
+        assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert log_of(a, "loss") == pytest.approx(log_of(b, "loss"), rel=1e-4) and log_of(a, "top1") == log_of(b, "top1")
     assert all(torch.isclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4).float().mean() > 0.99 for name in theirs)
 
 
@@ -129,17 +125,15 @@ def test_the_papers_run_is_the_default_of_s_b_and_l_and_tiny_has_no_heavy_augmen
     chosen = []
     monkeypatch.setattr(train, "ImageFolder", lambda root, args, train: chosen.append(vars(args)) or sys.exit())
     paper = dict(size=224, epochs=300, warmup_epochs=5, weight_decay=0.05, clip_grad=5, label_smoothing=0.1, mixup=0.8,
-                 cutmix=1, reprob=0.25, randaugment=2, min_scale=0.08, aug_repeats=3, lr=1e-3, accum=1, batch_size=1024 // 8)
+                 cutmix=1, reprob=0.25, randaugment=2, min_scale=0.08, aug_repeats=3, lr=1e-3, accum=1, batch_size=128)
     for model, drop_path_rate in (("s", 0.2), ("b", 0.5), ("l", 0.5)):
         call("--data", "x", "--output", tmp_path, "--model", model)
         assert chosen[-1].items() >= (paper | {"model": model, "drop_path_rate": drop_path_rate}).items()
     (tmp_path / "digits").mkdir()
-    light = dict.fromkeys(("mixup", "cutmix", "reprob", "randaugment", "drop_path_rate"), 0) | {"aug_repeats": 1}
-    for given, epochs in (["--data", "x"], 100), ([], 10):
-        call(*given, "--output", tmp_path)
-        assert chosen[-1].items() >= (light | {"model": "tiny", "epochs": epochs}).items()
-    call("--output", tmp_path, "--mixup", 0.3)
-    assert chosen[-1]["mixup"] == 0.3
+    for data, size in (["--data", "x"], 112), ([], 56):
+        call(*data, "--output", tmp_path, "--lr", 0.3)
+        assert chosen[-1].items() >= dict(model="tiny", size=size, mixup=0, cutmix=0, reprob=0, randaugment=0,
+                                          drop_path_rate=0, aug_repeats=1, lr=0.3).items()
 
 
 @given(st.integers(1, 50), st.integers(0, 20), st.floats(1e-4, 1e-2))
@@ -170,10 +164,10 @@ def test_the_sampler_repeats_images_and_shares_them_out(extra, world, b, accum, 
     orders = []
     for epoch in range(3):
         shares = [sum(part[epoch * steps * accum:(epoch + 1) * steps * accum], []) for part in own]
-        counts = Counter(index for share in shares for index, _ in share)
+        counts, taken = Counter(index for share in shares for index, _ in share), steps * world * accum * b
         assert set(counts) <= set(range(n)) and max(counts.values()) <= repeats
-        assert len(counts) == -(-steps * world * accum * b // repeats)         # all but the last as often as they may be
-        assert len({seed for share in shares for _, seed in share}) == steps * world * accum * b  # each time another crop
+        assert len(counts) == -(-taken // repeats)                             # all but the last as often as they may be
+        assert len({seed for share in shares for _, seed in share}) == taken   # and each time another crop
         if world >= repeats:                                                   # copies go to different processes
             assert all(len({index for index, _ in share}) == len(share) for share in shares)
         orders.append(str(shares[0]))
@@ -197,10 +191,10 @@ def test_a_step_and_its_pairs_are_the_same_however_it_is_split():
 @given(st.integers(0, 10 ** 6), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), st.booleans())
 def test_mixed_targets_sum_to_one_and_tell_the_share_of_each_image(seed, half, H, W, cut):
     """Image i is i everywhere, so what is in a mixed one can be read off it."""
-    B = 2 * half
+    B, args = 2 * half, argparse.Namespace(mixup=0.8 * (not cut), cutmix=1.0 * cut)
     images, other = torch.arange(B).double().view(B, 1, 1, 1).repeat(1, 3, H, W), (torch.arange(B) - half) % B
     torch.manual_seed(seed)
-    mixed, targets = train.mix(images, torch.eye(B).double(), argparse.Namespace(mixup=0.8 * (not cut), cutmix=1.0 * cut))
+    mixed, targets = train.mix(images, torch.eye(B).double(), args)
     torch.testing.assert_close(targets.sum(1), torch.ones(B).double())
     torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(B).double())
     assert all(set(row.nonzero().flatten().tolist()) <= {i, int(other[i])} for i, row in enumerate(targets))
@@ -212,52 +206,31 @@ def test_mixed_targets_sum_to_one_and_tell_the_share_of_each_image(seed, half, H
         torch.testing.assert_close(mixed, mixed[:, :1, :1, :1].expand_as(mixed))
 
 
-def test_mixup_and_cutmix_take_turns_and_mixups_lambda_is_beta_distributed():
-    images, shares = torch.arange(2.).view(2, 1, 1, 1).repeat(1, 3, 16, 16), {True: [], False: []}
-    for _ in range(1500):
-        mixed, targets = train.mix(images, torch.eye(2), argparse.Namespace(mixup=0.8, cutmix=1.0))
-        shares[bool(((mixed == 0) | (mixed == 1)).all())].append(targets[0, 0].item())
-    assert 0.45 < len(shares[True]) / 1500 < 0.55
-    assert np.var(shares[False]) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.15)              # of Beta(0.8, 0.8)
-
-
 def image_folder(root, train_images=True, **more):
     args = dict(size=32, min_scale=0.08, randaugment=0, reprob=0.0)
     return train.ImageFolder(root, argparse.Namespace(**args | more), train_images)
 
 
 def test_random_erasing_and_randaugment_take_their_shares(data, monkeypatch):
-    """Erasing: a quarter of the images, 0.02 to 1/3 of their area.  Two operations, each half the time, magnitude 9 of 10."""
-    done, arguments = [], []
-
-    class Operation(torch.nn.Module):
-        def __init__(self, *args, num_magnitude_bins, **kwargs):
-            super().__init__()
-            arguments.append((*args, num_magnitude_bins))
-
-        def forward(self, image):
-            done.append(1)
-            return image
-
-    monkeypatch.setattr(train.v2, "RandAugment", Operation)
+    """Erasing: of a quarter of the images 0.02 to 1/3.  Two operations, each half the time, magnitude 9 of 10."""
+    operation = mock.Mock(side_effect=lambda image: image)
+    randaugment = mock.Mock(return_value=operation)
+    monkeypatch.setattr(train.v2, "RandAugment", randaugment)
     folder = image_folder(data / "train", size=64, reprob=0.25, randaugment=2)
     masks = torch.stack([folder[0, seed][1] for seed in range(1000)])                             # (1000, 1, 64, 64)
     erased = (masks == 0).float().mean((1, 2, 3))
     assert (erased > 0).float().mean() == pytest.approx(0.25, abs=0.04)
     assert 0.01 < erased[erased > 0].min() and 0.3 < erased.max() < 0.36
-    assert arguments == [(1, 9, 11)] and len(done) / 1000 == pytest.approx(1, abs=0.1)
+    assert operation.call_count / 1000 == pytest.approx(1, abs=0.1)
+    assert randaugment.call_args.args == (1, 9) and randaugment.call_args.kwargs["num_magnitude_bins"] == 11
 
 
 def test_accuracy_is_the_share_of_images_whose_largest_or_five_largest_logits_have_their_class():
-    class Fixed(torch.nn.Module):
-        def forward(self, images):
-            return -(torch.arange(8) - torch.tensor([0, 1, 2, 2, 3])[:, None]).abs().float()     # the nearest are largest
-
-    class Loader(list):
-        dataset = argparse.Namespace(samples=range(10))
-
-    batch = torch.zeros(5, 3, 2, 2, dtype=torch.uint8), None, torch.tensor([0, 1, 2, 3, 7]), [""]
-    assert train.evaluate(Fixed(), Loader([batch, batch]), bf16=False) == [60, 80]
+    logits = -(torch.arange(8) - torch.tensor([0, 1, 2, 2, 3])[:, None]).abs().float()      # the nearest are largest
+    model, loader = mock.Mock(return_value=logits), mock.MagicMock()
+    loader.__iter__.return_value = 2 * [(torch.zeros(5, 3, 2, 2).byte(), None, torch.tensor([0, 1, 2, 3, 7]), [""])]
+    loader.dataset.samples = range(10)
+    assert train.evaluate(model, loader, bf16=False) == [60, 80]
 
 
 # ---------------------------------------------------------------------------- images
@@ -271,25 +244,22 @@ def distance(a, b):
     return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean()
 
 
-TURNED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 8: np.rot90,
-          5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2)}
+TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: np.swapaxes(a, 0, 1),
+          6: lambda a: np.rot90(a, -1), 7: lambda a: np.swapaxes(np.rot90(a, 2), 0, 1), 8: np.rot90}     # by EXIF
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_images_are_turned_as_their_exif_says(suffix, tmp_path):
+def test_images_are_turned_as_their_exif_says_and_damaged_exif_does_no_harm(suffix, tmp_path):
     for orientation, turned in TURNED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture().save(tmp_path / f"x.{suffix}", exif=exif, quality=100)
         assert distance(train.read_image(tmp_path / f"x.{suffix}", 60), turned(np.asarray(picture()))) < 5
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
-def test_every_kind_of_image_is_read_and_damaged_exif_does_no_harm(mode, tmp_path):
-    image, path = picture().convert(mode), tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
-    image.save(path, exif=b"Exif\0\0garbage")
-    read = train.read_image(path, 40)
-    assert read.mode == "RGB" and distance(read, image.convert("RGB")) < 3
+    for mode in ("RGB", "L", "1", "P", "RGBA", "LA") if suffix == "png" else ("RGB", "CMYK") if suffix == "jpg" else ():
+        image = picture().convert(mode)
+        image.save(tmp_path / f"x.{suffix}", exif=b"Exif\0\0garbage")
+        read = train.read_image(tmp_path / f"x.{suffix}", 60)
+        assert read.mode == "RGB" and distance(read, image.convert("RGB")) < 8
 
 
 def test_a_large_jpeg_is_decoded_smaller_but_not_below_three_times_the_size(tmp_path):
@@ -297,21 +267,6 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_below_three_times_the_size(tmp_
     for size, expected in ((50, (200, 150)), (100, (400, 300)), (101, (800, 600)), (400, (1600, 1200))):
         image = train.read_image(tmp_path / "x.jpg", size)
         assert image.size == expected and distance(image, picture((1600, 1200)).resize(expected, Image.BOX)) < 2
-
-
-def test_crops_have_the_areas_and_ratios_asked_for_in_narrow_images_too(tmp_path):
-    """Red tells the column and green the row, so that a crop tells where it was cut."""
-    W, H, fits = 250, 78, 0
-    pixels = np.zeros((H, W, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(W), 3 * np.arange(H)[:, None]
-    (tmp_path / "x").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "x" / "0.png")
-    folder = image_folder(tmp_path, size=64)
-    for seed in range(300):
-        crop = folder[0, seed][0].float()                                                         # (3, 64, 64)
-        w, h = (crop[0, :, 48] - crop[0, :, 16]).abs().mean() * 2, (crop[1, 48] - crop[1, 16]).abs().mean() * 2 / 3
-        fits += bool(0.7 < w / h < 1.42 and 0.07 < w * h / (W * H) < 1)
-    assert fits > 290
 
 
 def test_evaluation_resizes_and_takes_the_centre_and_erases_nothing(tmp_path):
@@ -332,7 +287,7 @@ def folder_of(root, *names):
 
 
 def test_files_of_any_name_are_found_and_hidden_ones_and_others_and_links_that_lead_back_are_not(tmp_path):
-    folder_of(tmp_path / "x" / "a", "0.PNG", "._0.png", "notes.txt", "notes.pdf", "Ελλάς 日本 🐈.jpg", "a b\nc.jpeg")
+    folder_of(tmp_path / "x" / "a", "0.PNG", "._0.png", "notes.txt", "notes.pdf", "Ελλάς 日本.jpg", "a b\nc.jpeg")
     folder_of(tmp_path / "elsewhere", "1.png")
     folder_of(tmp_path / "x" / "a" / "deeper", "2.png")
     folder_of(tmp_path / "x" / ".hidden", "3.png")
@@ -348,18 +303,21 @@ def test_files_of_any_name_are_found_and_hidden_ones_and_others_and_links_that_l
 
 
 # ---------------------------------------------------------------------------- runs
-def test_a_run_leaves_a_log_and_whole_checkpoints_and_eval_gives_the_accuracy_of_the_best_epoch(finished, data, call):
+def test_a_run_leaves_a_log_and_whole_checkpoints_and_eval_gives_the_accuracy_of_the_best_epoch(
+        finished, data, call, monkeypatch):
     output, _ = finished
-    log, printed = log_of(output), (output / "printed").read_text()
-    assert [entry["epoch"] for entry in log] == [1, 2, 3]
-    assert all({"epoch", "loss", "top1", "top5", "lr", "unreadable"} == set(entry) for entry in log)
+    printed, best = (output / "printed").read_text(), max(log_of(output, "top1"))
     assert sorted(p.name for p in output.iterdir()) == [".lock", "best.pt", "last.pt", "log.jsonl", "printed"]
+    assert log_of(output, "epoch") == [1, 2, 3] and log_of(output, "unreadable") == [0, 0, 0]
+    assert [set(entry) for entry in load(output)["log"]] == 3 * [{"epoch", "loss", "top1", "top5", "lr", "unreadable"}]
     for word in ("32 images of 2 classes, 8 in a step", "step 12/12  loss", "epoch 3", "top-1", "top-5 100.00 %"):
         assert word in printed
-    best = max(entry["top1"] for entry in log)
-    assert load(output, "best.pt")["log"][-1]["top1"] == best and load(output)["log"] == log
+    assert load(output, "best.pt")["log"][-1]["top1"] == best
     for args in (["--output", output], ["--init", output / "best.pt", "--data", data, "--workers", 1]):
         assert f"top-1 {best:.2f} %  top-5 100.00 %" in succeed(call("--eval", *args))
+    monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):                                     # no success: Python's own status
+        call("--output", output, "--eval")
 
 
 class Killed(BaseException):
@@ -391,31 +349,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, where, number, work
     assert_same_end(tmp_path / "out", output)
 
 
-def test_flags_replace_what_was_saved_and_biases_norms_and_the_peg_are_left_out_of_weight_decay(finished, call, tmp_path):
-    output, _ = finished
-    shutil.copytree(output, tmp_path / "out")
-    succeed(call("--output", tmp_path / "out", "--resume", "--weight-decay", 0.3, "--epochs", 4))
-    assert [entry["epoch"] for entry in log_of(tmp_path / "out")] == [1, 2, 3, 4]
-    model = scalablevit.scalablevit_tiny(num_classes=2)
-    exempt = len(model.no_weight_decay())
-    for folder, decay in ((output, 0.05), (tmp_path / "out", 0.3)):
-        groups = load(folder)["optimizer"]["param_groups"]
-        assert [group["weight_decay"] for group in groups] == [decay, 0.0] and load(folder)["settings"]["weight_decay"] == decay
-        assert [len(group["params"]) for group in groups] == [len(list(model.parameters())) - exempt, exempt]
-
-
-def test_a_folder_that_holds_another_run_is_refused(finished, call, tmp_path):
+def test_a_folder_that_holds_another_run_is_refused_and_with_resume_flags_replace_what_was_saved(finished, call, tmp_path):
     output, args = finished
     shutil.copytree(output, tmp_path / "out")
-    args, before = [*args, "--output", tmp_path / "out"], (output / "last.pt").read_bytes()
-    succeed(call(*args))                                                       # the same run: done, and nothing is written
+    args, resume = [*args, "--output", tmp_path / "out"], ["--resume", "--output", tmp_path / "out"]
+    succeed(call(*args))                                                       # the same run, which is done
     for more in (["--lr", 0.1], ["--seed", 1], ["--epochs", 4]):
         assert "holds a run with other settings" in fail(call(*args, *more))
     assert "is not of --model s" in fail(call(*args, "--model", "s"))
-    assert "other images or steps" in fail(call("--resume", "--batch-size", 16, "--output", tmp_path / "out"))
+    assert "other images or steps" in fail(call(*resume, "--batch-size", 16))
     for more in (["--eval"], ["--init", output / "best.pt"]):
-        assert "neither --init nor --eval" in fail(call("--resume", *more, "--output", tmp_path / "out"))
-    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+        assert "neither --init nor --eval" in fail(call(*resume, *more))
+    assert (tmp_path / "out" / "last.pt").read_bytes() == (output / "last.pt").read_bytes()
+    succeed(call(*resume, "--weight-decay", 0.3, "--epochs", 4))
+    assert log_of(tmp_path / "out", "epoch") == [1, 2, 3, 4]
+    model = scalablevit.scalablevit_tiny(num_classes=2)
+    exempt = len(model.no_weight_decay())
+    for folder, decay in ((output, 0.05), (tmp_path / "out", 0.3)):            # none on biases, norms and the PEG
+        last = load(folder)
+        groups = last["optimizer"]["param_groups"]
+        assert [group["weight_decay"] for group in groups] == [decay, 0] and last["settings"]["weight_decay"] == decay
+        assert [len(group["params"]) for group in groups] == [len(list(model.parameters())) - exempt, exempt]
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(data, call, tmp_path):
@@ -427,30 +381,23 @@ def test_a_folder_that_another_process_writes_to_is_refused(data, call, tmp_path
         os.read(done[0], 1)
         os._exit(0)
     os.read(ready[0], 1)
-    try:
-        assert "another process is writing to" in fail(call("--data", data, "--output", tmp_path, *QUICK))
-    finally:
-        os.write(done[1], b"x")
-        os.wait()
-
-
-def test_an_evaluation_that_is_interrupted_is_no_success(finished, call, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):                                     # which ends a program with a status of its own
-        call("--output", finished[0], "--eval")
+    result = call("--data", data, "--output", tmp_path, *QUICK)
+    os.write(done[1], b"x")
+    os.wait()
+    assert "another process is writing to" in fail(result)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(data, call, tmp_path):
     for accum in (1, 4):
         succeed(call("--data", data, "--output", tmp_path / str(accum), "--epochs", 1, *QUICK, *RECIPE,
                      "--batch-size", 8 // accum, "--accum", accum))
-    assert_close_end(tmp_path / "1", tmp_path / "4")
+    assert_same_end(tmp_path / "1", tmp_path / "4", exactly=False)
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="threads are named under Linux's /proc")
 def test_two_processes_take_the_steps_of_one_and_torchrun_starts_them_again_after_a_kill(data, call, tmp_path):
-    """One of two is killed in step 6, and both begin anew from step 5.  And gloo's threads do not outlive the run: where
-    one does, it may abort the process when the interpreter ends."""
+    """One of two is killed in step 6, and both begin anew from step 5.  And gloo's threads do not outlive the run: one
+    that does may abort the process when the interpreter ends."""
     (tmp_path / "program.py").write_text(f"""
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(PROGRAM.parent)!r})
@@ -476,15 +423,14 @@ assert not gloo()
 """)
     args = list(map(str, ["--data", data, "--epochs", 2, *QUICK, *RECIPE, "--save-every", 5]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    process = subprocess.run([*torchrun, tmp_path / "program.py", *args, "--batch-size", "4", "--output", tmp_path / "two"],
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    process = subprocess.run(
+        [*torchrun, tmp_path / "program.py", *args, "--batch-size", "4", "--output", tmp_path / "two"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     printed = process.stdout
     assert process.returncode == 0 and (tmp_path / "killed").exists(), printed
     assert printed.count("32 images of 2 classes, 8 in a step") == 2 and printed.count("epoch 2  loss") == 1, printed
     succeed(call(*args, "--output", tmp_path / "one"))
-    assert_close_end(tmp_path / "two", tmp_path / "one")
-    assert [entry["top1"] for entry in log_of(tmp_path / "one")] == [entry["top1"] for entry in log_of(tmp_path / "two")]
+    assert_same_end(tmp_path / "two", tmp_path / "one", exactly=False)
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -492,7 +438,8 @@ def test_a_model_that_was_built_with_other_arguments_is_built_again_from_them(da
     args = ["--data", data, "--output", tmp_path / "out", *QUICK, "--epochs", 2]
     make = scalablevit.scalablevit_tiny
     with monkeypatch.context() as patch:
-        patch.setattr(scalablevit, "scalablevit_tiny", lambda **kwargs: make(**dict(pattern=("ssa", "wsa"), window=3) | kwargs))
+        other = dict(pattern=("ssa", "wsa"), window=3)
+        patch.setattr(scalablevit, "scalablevit_tiny", lambda **kwargs: make(**other | kwargs))
         interpose(patch, train.F, "cross_entropy", 6, sending(signal.SIGTERM))
         assert call(*args)[0] == 128 + signal.SIGTERM
     succeed(call(*args))
@@ -502,19 +449,9 @@ def test_a_model_that_was_built_with_other_arguments_is_built_again_from_them(da
     scalablevit.ScalableViT(**best["config"]).load_state_dict(best["model"])
 
 
-def official_name(name):
-    """A name of ours in a published state dict; enough of them for a model whose last SSA keeps k and v apart."""
-    for ours, theirs in ((".embed.conv.", "patch_embeds.{}.proj."), (".embed.norm.", "patch_embeds.{}.norm."),
-                         (".peg.conv.", "pos_block.{}.proj.0.")):
-        if ours in name:
-            return theirs.format(name.split(".")[1]) + name.rsplit(".", 1)[1]
-    name = name.replace(".blocks.", ".").replace(".lim.", ".lim_func.").replace(".reduce.", ".reduction.")
-    return name.replace(".attn.norm.", ".attn.norm_act.0.")
-
-
-@pytest.mark.parametrize("kind, fresh", [("own", False), ("own, other classes", True), ("own, more classes", True),
-                                         ("without config", False), ("mere weights", False), ("published", False)])
-def test_init_takes_own_and_published_weights_and_a_fresh_head_for_other_classes(kind, fresh, data, call, tmp_path):
+@pytest.mark.parametrize("kind", ["own", "own, other classes", "own, more classes", "without config", "mere weights",
+                                  "published"])
+def test_init_takes_own_and_published_weights_and_a_fresh_head_for_other_classes(kind, data, call, tmp_path, monkeypatch):
     classes = {"own, other classes": ["cat", "dog"], "own, more classes": ["0", "1", "2"]}.get(kind, ["0", "1"])
     published = {"rc": (1.25, 1.25, 1.25, 1.25)} if kind == "published" else {}
     model = scalablevit.scalablevit_tiny(num_classes=len(classes), **published)
@@ -525,16 +462,16 @@ def test_init_takes_own_and_published_weights_and_a_fresh_head_for_other_classes
     if kind == "mere weights":
         content = weights
     if kind == "published":
-        content = {"model": {official_name(name): w for name, w in weights.items()}, "args": argparse.Namespace(lr=1)}
+        content = {"model": {"patch_embeds.0.proj.weight": torch.ones(1), "head.weight": 0}, "args": argparse.Namespace(lr=1)}
+        monkeypatch.setattr(scalablevit, "convert_official", lambda published: weights)
     torch.save(content, tmp_path / "x.pt")
-    args = ["--init", tmp_path / "x.pt", "--data", data, "--epochs", 1, *QUICK, "--lr", "1e-9", "--output", tmp_path / "out"]
-    assert ("fresh head" in succeed(call(*args))) == fresh
-    last = load(tmp_path / "out")
-    for name in ("stages.0.blocks.0.attn.qkv.weight", "head.weight"):          # a vanishing learning rate moves nothing
-        same = weights[name].shape == last["model"][name].shape and torch.allclose(weights[name], last["model"][name], atol=1e-5)
-        assert same == (not fresh or name != "head.weight")
-    assert last["settings"]["lr"] == 1e-9 and last["classes"] == ["0", "1"]
-    sentence = fail(call(*args[:-1], tmp_path / "s", "--model", "s"))
+    args = ["--init", tmp_path / "x.pt", "--data", data, "--epochs", 1, *QUICK, "--lr", "1e-9"]   # which moves nothing
+    fresh = "fresh head" in succeed(call(*args, "--output", tmp_path / "out"))
+    last = load(tmp_path / "out")["model"]
+    kept = [last[name].shape == weights[name].shape and torch.allclose(last[name], weights[name], atol=1e-5)
+            for name in ("stages.0.blocks.0.attn.qkv.weight", "head.weight")]
+    assert kept == [True, not fresh] and fresh == (classes != ["0", "1"])
+    sentence = fail(call(*args, "--output", tmp_path / "s", "--model", "s"))
     assert ("is not of --model s" if "settings" in content else "cannot build the model") in sentence
 
 
@@ -557,19 +494,14 @@ def moment(change, key="exp_avg"):
     (moment(lambda m: m[:1]), "optimizer of another model"),
     (moment(lambda m: m.flatten(), "exp_avg_sq"), "optimizer of another model"),
     (moment(lambda m: torch.empty(m.shape, device="meta")), "cannot build"),
-    (moment(lambda m: 3), "cannot build"),
     (lambda last: last["optimizer"]["state"].pop(5), "cannot build"),
-    (lambda last: last.pop("optimizer"), "cannot build"),
     (lambda last: last.update(step="x"), "cannot build"),
     (lambda last: last["model"].update({"norm.weight": torch.ones(3)}), "cannot build"),
-    (lambda last: last["model"].popitem(), "cannot load"),
     (lambda last: last["config"].update(dim=48), "cannot build"),
-    (lambda last: last["config"].update(nonsense=1), "cannot build"),
     (lambda last: last.update(config=3), "cannot load"),
     (lambda last: last.update(classes=["0", "cat"]), "of other classes"),
     (lambda last: last.update(settings=[]), "cannot load"),
     (lambda last: last["settings"].update(extent=[64, 8]), "other settings"),
-    (lambda last: last.update(model=3), "cannot load"),
     (lambda last: last.update(log=Trap()), "cannot load"),
 ])
 def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tmp_path, monkeypatch):
@@ -582,7 +514,7 @@ def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tm
 
 
 def test_moments_that_overlap_in_memory_are_copied(finished, call, tmp_path):
-    """The fused kernel would write n numbers into the memory of one."""
+    """AdamW's fused kernel would write n numbers into the memory of one."""
     last = load(finished[0])
     for state in last["optimizer"]["state"].values():
         state["exp_avg"] = torch.zeros(()).expand(state["exp_avg"].shape)
@@ -591,11 +523,11 @@ def test_moments_that_overlap_in_memory_are_copied(finished, call, tmp_path):
     assert all(state["exp_avg"].is_contiguous() for state in load(tmp_path)["optimizer"]["state"].values())
 
 
-@given(st.lists(st.tuples(st.integers(0, 2999), st.integers(0, 255)), max_size=20), st.booleans())
-def test_a_damaged_checkpoint_is_told_in_a_line_or_still_loads(changes, legacy):
+@given(st.lists(st.tuples(st.integers(0, 2999), st.integers(0, 255)), max_size=20))
+def test_a_damaged_checkpoint_is_told_in_a_line_or_still_loads(changes):
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "x.pt"
-        torch.save({"model": {"head.bias": torch.ones(300)}}, path, _use_new_zipfile_serialization=not legacy)
+        torch.save({"model": {"head.bias": torch.ones(300)}}, path)
         content = bytearray(path.read_bytes())
         for place, byte in changes:
             content[place % len(content)] = byte
@@ -606,8 +538,8 @@ def test_a_damaged_checkpoint_is_told_in_a_line_or_still_loads(changes, legacy):
             assert end.code == 2 and changes
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", pickle.dumps(Trap()), [], {}, 3, {"model": [1]}, {"model": {}},
-                                     {"model": {"patch_embeds.0.proj.weight": torch.ones(1), "x": 1}}])
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", pickle.dumps(Trap(), 2), [], {}, 3, {"model": [1]},
+                                     {"model": {}}, {"model": {"patch_embeds.0.proj.weight": torch.ones(1), "x": 1}}])
 def test_a_file_of_something_else_is_told_in_a_line(content, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "x.pt")
@@ -626,14 +558,16 @@ def test_images_that_cannot_be_read_are_named_once_replaced_and_counted(data, ca
     (folder / "005.png").unlink()
     os.mkfifo(folder / "005.png")
     for workers in (0, 2):
-        args = ["--data", tmp_path / "data", *QUICK, "--epochs", 2, "--workers", workers, "--output", tmp_path / str(workers)]
+        args = ["--data", tmp_path / "data", *QUICK, "--epochs", 2, "--workers", workers,
+                "--output", tmp_path / str(workers)]
         with pytest.MonkeyPatch.context() as patch:
             interpose(patch, train.F, "cross_entropy", 7, sending(signal.SIGTERM))
             printed = call(*args)[1]
         printed += succeed(call(*args))
         assert printed.count("another image takes its place") == 3
-        assert all(printed.count(f"cannot read {folder}/{name}.png (") == 1 for name in ("003", "\\udcff\\udcfe", "005"))
-        assert log_of(tmp_path / str(workers))[-1]["unreadable"] == 3
+        for name in ("003", "\\udcff\\udcfe", "005"):
+            assert printed.count(f"cannot read {folder}/{name}.png (") == 1
+        assert log_of(tmp_path / str(workers), "unreadable") == [3, 3]
     assert_same_end(tmp_path / "0", tmp_path / "2")
 
 
@@ -648,17 +582,13 @@ def test_an_image_of_val_that_cannot_be_read_ends_the_run_and_the_epoch_is_not_l
     file.unlink()
     file.write_bytes(content)
     succeed(call(*args))
-    assert len(log_of(tmp_path / "out")) == 1
-
-
-def test_where_nothing_can_be_read_the_run_ends(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "0.jpg").write_bytes(b"")
-    with pytest.raises(OSError, match="nor 99 others"):
-        image_folder(tmp_path)[0, 0]
+    assert log_of(tmp_path / "out", "epoch") == [1]
 
 
 def test_a_loss_that_is_not_finite_or_a_full_disk_stops_a_run_and_leaves_the_last_checkpoint(data, call, tmp_path):
+    def nan(logits, targets, **kwargs):
+        return logits.sum() * torch.nan
+
     args = ["--data", data, "--output", tmp_path, *QUICK, "--epochs", 2]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="non-finite"):
         interpose(patch, train, "learning_rate", 5, lambda: patch.setattr(train.F, "cross_entropy", nan))
@@ -670,11 +600,7 @@ def test_a_loss_that_is_not_finite_or_a_full_disk_stops_a_run_and_leaves_the_las
         call(*args)
     assert (tmp_path / "last.pt").read_bytes() == before
     succeed(call(*args))
-    assert len(log_of(tmp_path)) == 2
-
-
-def nan(logits, targets, **kwargs):
-    return logits.sum() * torch.nan
+    assert log_of(tmp_path, "epoch") == [1, 2]
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -683,22 +609,19 @@ def nan(logits, targets, **kwargs):
     (["--eval", "--output", "x"], "cannot load x/best.pt"),
     (["--init", PROGRAM, "--data", "x"], "cannot load"),
     (["--data", "nowhere"], "nowhere/val must hold images in folders"),
+    (["--data", "DATA", "--fuse", *QUICK], "scalablevit_kernels"),
 ])
-def test_mistakes_are_told_in_a_line(args, message, call, tmp_path, monkeypatch):
+def test_mistakes_are_told_in_a_line(args, message, call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in fail(call(*args))
-
-
-def test_fuse_needs_the_kernels(call, monkeypatch, data, tmp_path):
     monkeypatch.setitem(sys.modules, "scalablevit_kernels", None)
-    assert "scalablevit_kernels" in fail(call("--data", data, "--output", tmp_path, *QUICK, "--fuse"))
+    assert message in fail(call(*[data if arg == "DATA" else arg for arg in args]))
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda root: shutil.rmtree(root / "val"), "val must hold images"),
     (lambda root: [p.unlink() for p in (root / "train" / "a").iterdir()], "train must hold images"),
     (lambda root: folder_of(root / "val" / "cat", "0.png"), "different classes in train and val"),
-    (lambda root: [p.unlink() for p in (root / "train" / "a").iterdir() if p.stem != "1"], "a step takes 8 images, and there are 5"),
+    (lambda root: [(root / "train" / "a" / f"{i}.png").unlink() for i in range(3)], "takes 8 images, and there are 5"),
 ])
 def test_a_data_set_with_something_wrong_is_told_in_a_line(change, message, call, tmp_path):
     for folder in (tmp_path / "data" / split / name for split in ("train", "val") for name in ("a", "b")):
@@ -717,14 +640,13 @@ def test_the_embedded_data_is_the_same_every_time_and_too_varied_for_a_linear_cl
 
     train.draw_digits(tmp_path / "digits", 200, 50)
     (x, y), (x_val, y_val) = pixels("train"), pixels("val")
-    target, eye = torch.eye(10, dtype=x.dtype)[y], torch.eye(x.shape[1], dtype=x.dtype)
-    accuracy = max((x_val @ torch.linalg.solve(x.T @ x + strength * eye, x.T @ target)).argmax(1).eq(y_val).double().mean()
-                   for strength in (1, 10, 100, 1000))
-    assert len(x) == 2000 and accuracy < 0.5
+    for strength in (1, 10, 100, 1000):
+        weights = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]), x.T @ torch.eye(10).double()[y])
+        assert (x_val @ weights).argmax(1).eq(y_val).double().mean() < 0.5 and len(x) == 2000
     for name in ("a", "b"):
         train.draw_digits(tmp_path / name, 1, 1)
-    a, b = (sorted((tmp_path / name).rglob("*.png")) for name in ("a", "b"))
-    assert len(a) == 20 and [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    a, b = ([p.read_bytes() for p in sorted((tmp_path / name).rglob("*.png"))] for name in ("a", "b"))
+    assert len(a) == 20 and a == b
 
 
 def test_the_bare_command_draws_its_data_once_and_goes_on_with_its_run(call, tmp_path, monkeypatch):
@@ -733,4 +655,4 @@ def test_the_bare_command_draws_its_data_once_and_goes_on_with_its_run(call, tmp
     monkeypatch.chdir(tmp_path)
     for flags in ([], [], ["--resume", "--epochs", 2]):
         succeed(call(*flags or ["--epochs", 1, *QUICK]))
-    assert len(log_of(tmp_path / "runs" / "tiny")) == 2 and len(drawn) == 1
+    assert log_of(tmp_path / "runs" / "tiny", "epoch") == [1, 2] and len(drawn) == 1
