@@ -45,8 +45,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 normalize = v2.Compose([v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 usage="%(prog)s [options]")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--data", type=os.path.abspath, metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: drawn digits)")
 flag("--model", choices=("tiny", "s", "b", "l"), help="the size of the network (default: tiny)")
@@ -213,7 +212,9 @@ def main():
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if CUDA else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))               # torchrun's keeps the addresses of earlier starts
+        store = dist.PrefixStore(str(store.add(f"starts of {RANK}", 1)), store)
+        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
     if RANK == 0 and not args.eval:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")
@@ -242,8 +243,7 @@ def main():
     steps = n // batch                                              # of an epoch, in each of which `batch` images
     check(classes == val_set.classes, f"{data} has different classes in train and val")
     check(steps or args.eval, f"a step takes {batch} images, and there are {n}: lower --batch-size or --accum")
-    settings = {name: getattr(args, name) for name in ("data", "model", "init", "bf16", *PAPER)}
-    settings["extent"] = [n, batch]                                 # which even --resume must not change
+    settings = {key: getattr(args, key) for key in ("data", "model", "init", "bf16", *PAPER)} | {"extent": [n, batch]}
     check(not going_on or settings == saved or args.resume and settings["extent"] == saved.get("extent"),
           f"{output} holds a run with other {'images or steps' if args.resume else 'settings; --resume goes on'}")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
