@@ -2,11 +2,12 @@
 
     from scalablevit_kernels import fuse, unfuse
     model = fuse(scalablevit_s())       # the same parameters, the same state dict; IWSA runs in one pass over memory
-    model = unfuse(model)               # as it was
 
 scalablevit.py knows nothing of this package: `fuse` gives a layer a subclass of its class with another `forward`.
 """
+import contextlib
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class FusedIWSA(IWSA):
     """IWSA whose two equations, (4) and (5), are one operator on a CPU; on a GPU two, around PyTorch's attention."""
 
     def forward(self, x):
-        if x.device.type not in devices or not is_plain_lim(self.lim):
+        if x.device.type not in devices or "attend" in vars(self) or not is_plain_lim(self.lim):
             return super().forward(x)
         scalablevit, lim, qkv = torch.ops.scalablevit, self.lim, self.qkv(x)            # (B, H, W, 3C)
         H, W = qkv.shape[1:3]
@@ -62,7 +63,8 @@ class FusedIWSA(IWSA):
 def takes_onednn(x, layer):                         # oneDNN's linear layer can compute this one: inference on a CPU
     return (x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
             and x.shape[-1] == layer.in_features
-            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()))
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+                     or torch.jit.is_tracing()))
 
 
 class FusedLinear(nn.Linear):                       # by oneDNN
@@ -72,11 +74,10 @@ class FusedLinear(nn.Linear):                       # by oneDNN
 
 class FusedMLP(nn.Sequential):                      # fc1, GELU and fc2, where oneDNN applies the GELU on the fly
     def forward(self, x):
-        fc1, gelu, fc2 = self
-        plain = type(fc1) is FusedLinear and type(gelu) is nn.GELU and gelu.approximate == "none"
-        if not (plain and is_bare(fc1) and is_bare(gelu) and takes_onednn(x, fc1)):
+        plain = [type(layer) for layer in self] == [FusedLinear, nn.GELU, FusedLinear] and self[1].approximate == "none"
+        if not (plain and is_bare(self[0]) and is_bare(self[1]) and takes_onednn(x, self[0])):
             return super().forward(x)
-        return fc2(LINEAR(x, fc1.weight, fc1.bias, "gelu", [], "none"))
+        return self[2](LINEAR(x, self[0].weight, self[0].bias, "gelu", [], "none"))
 
 
 class FusedDepthwise(nn.Conv2d):    # in float32 under autocast on a CPU, where bfloat16's backward takes 10 x as long
@@ -89,28 +90,31 @@ class FusedDepthwise(nn.Conv2d):    # in float32 under autocast on a CPU, where 
 
 def computes_the_same(layer):
     """Whether the kernels compute what this IWSA does, whose text or parts a reader may have changed: a try in float64
-    on a map of whole and cut windows, with random weights, in both modes, gradients too."""
-    generator = torch.Generator().manual_seed(0)
-    layer = copy.deepcopy(layer).to("cpu", torch.float64)
-    for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
-        hooks.clear()                                               # a probe is not for them to see
-    for p in layer.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.shape[1:].numel() ** 0.5
-        p.requires_grad_()
-    M = min(layer.window, 7)
-    x = torch.randn(2, M + 2, 2 * M + 1, layer.proj.in_features, generator=generator, dtype=torch.float64)
-    inputs = [x.requires_grad_(), *layer.parameters()]
+    on maps larger and smaller than a window, with random weights, in both modes, gradients too."""
+    generator, M = torch.Generator().manual_seed(0), min(layer.window, 7)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def results(cls):
         layer.__class__, seen = cls, []
-        for mode in (True, False):
+        for mode, x in itertools.product((True, False), maps):
             out = layer.train(mode)(x)
-            seen += [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
+            seen += [out, *torch.autograd.grad(out.square().sum(), [x, *parameters], materialize_grads=True)]
         return seen
 
-    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
-          torch.random.fork_rng([])):
+    with (contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad(),     # what cannot be tried is
+          torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):                     # something else, too
+        layer = copy.deepcopy(layer).to("cpu", torch.float64)
+        for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
+            hooks.clear()                                           # a probe is not for them to see
+        parameters = [*layer.requires_grad_().parameters()]
+        for p in parameters:
+            p.data = random(*p.shape).detach() / p.shape[1:].numel() ** 0.5
+        maps = [random(2, H, W, layer.proj.in_features)
+                for H, W in ((M + 2, 2 * M + 1), (max(M - 2, 1), M + 3), (max(M - 1, 1), max(M - 2, 1)))]
         return all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(results(IWSA), results(FusedIWSA)))
+    return False
 
 
 def fuse(model):
@@ -128,9 +132,9 @@ def fuse(model):
         elif any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) and type(layer) is not FusedIWSA:
             if type(layer) is not IWSA:
                 alone.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA itself)")
-            elif not is_plain_lim(layer.lim):
+            elif not is_plain_lim(getattr(layer, "lim", None)):
                 alone.append(f"{name} (its LIM is no plain depthwise convolution)")
-            elif not computes_the_same(layer):
+            elif {"attend", "forward"} & {*vars(layer)} or not computes_the_same(layer):
                 alone.append(f"{name} (it computes something else than the kernels do)")
             else:
                 layer.__class__ = FusedIWSA

@@ -1,5 +1,4 @@
-// The first rung on the CPU: window partition, and window merge + LIM, each with its backward, in their shortest form.
-// This is where to read what cuda.cu does on a GPU; what is fast on a CPU is iwsa.cpp.
+// The first rung on the CPU, in its shortest form: read here what cuda.cu does on a GPU.  iwsa.cpp is what is fast.
 #include "cpu.h"
 
 // Bytes are moved and no numbers computed: one function for all types.  A head's d channels are `size` bytes.

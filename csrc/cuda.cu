@@ -1,6 +1,5 @@
 // The kernels on the GPU, in plain CUDA C++ without PyTorch's headers: nvcc alone compiles this file, and so does a C++
 // compiler with the stand-ins in tests/cuda_on_cpu, where every thread runs on a CPU.
-//
 // How work is mapped to threads:
 // - Neighbouring threads touch neighbouring addresses, 16 bytes each: a pack of V channels.  A thread takes one pack
 //   along all tokens of a strip (windows.h), which it finds with 64-bit divisions, once.  A block is x packs wide and

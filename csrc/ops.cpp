@@ -1,5 +1,4 @@
-// What ops.py calls, with checked arguments: each function makes the tensors that go out and starts the kernel.
-// Their shapes are in kernels.h.
+// What ops.py calls, with checked arguments: each function makes what goes out (kernels.h) and starts the kernel.
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/utils/pybind.h>

@@ -1,7 +1,6 @@
 """The operators torch.ops.scalablevit.*: all that PyTorch has to know of them besides the kernels (ops.cpp).
 
-Each is a schema, a check of what comes in, a kernel, the shapes that go out (for torch.compile and torch.export), a
-gradient and a cost.  What they compute is in scalablevit.py, in plain PyTorch.
+Each is a schema, a check of what comes in, a kernel, the shapes that go out (for torch.compile), a gradient and a cost.
 """
 import torch
 from torch import _check as require
@@ -41,7 +40,7 @@ def check(qkv, heads, M, **others):
                 lambda: f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         require(name != "weight" or k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k) with k odd, got k={k}")
         require(tensor.dtype in dtypes and tensor.device == qkv.device,
-                lambda: f"{name} must have dtype {' or '.join(map(str, dtypes))} and be on {qkv.device}, as qkv is, "
+                lambda: f"{name} must have dtype {' or '.join(map(str, dict.fromkeys(dtypes)))} and be on {qkv.device}, as qkv is, "
                         f"got {tensor.dtype} on {tensor.device}")
     return B, H, W, C
 
