@@ -100,8 +100,8 @@ def read_image(path, size):
 class ImageFolder(Dataset):
     """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.
 
-    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8, 0 where it is erased, label, error: an
-    image that cannot be read, which another one replaces, or "".
+    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8 with 0 where it is erased, label, and an
+    error if another image takes the place of one that cannot be read, else "".
     """
 
     def __init__(self, root, args, train):
@@ -133,10 +133,8 @@ class ImageFolder(Dataset):
 
 
 def training_batches(n, args, first, last):
-    """The keys of this process's images, batch by batch, from step `first` to `last`.
-
-    An epoch shuffles the n images, puts each aug_repeats times in a row, and takes n of these.  A step deals them out
-    one by one: half a batch (see `mix`) is half a step, however many processes and batches share the step.
+    """The keys of this process's images, batch by batch: an epoch shuffles n images and puts each aug_repeats times in
+    a row.  A step deals them out one by one: half a batch (see `mix`) is half a step, however many share the step.
     """
     for step in range(first, last):
         epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
@@ -213,7 +211,10 @@ def main():
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if CUDA else "gloo")
+        store = next(dist.rendezvous("env://"))[0]                  # with torchrun it outlives a restart, and holds old
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":               # addresses; only on one machine all count alike
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
     if RANK == 0 and not args.eval:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")
@@ -283,12 +284,11 @@ def main():
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     last, warmup, peak = args.epochs * steps, args.warmup_epochs * steps, args.lr * batch / 1024
-    stopped, signals = False, []
+    began, first, stopped, signals = time.time(), step, False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
     print(f"scalablevit_{args.model}, {n} images of {len(classes)} classes, {batch} in a step, writing to {output}")
-    began, first = time.time(), step
     while not stopped and (step < last or step // steps > len(log)):
         if step // steps > len(log):                                # an epoch is complete, and last.pt has it
             top1, top5 = evaluate(model, val_loader, args.bf16)
