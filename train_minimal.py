@@ -3,7 +3,6 @@
     python train_minimal.py                                    tiny, on digits that are drawn here: minutes
     python train_minimal.py --data DIR                         tiny, on DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
     torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images a step
-    python train_minimal.py --output runs/s --eval             top-1 and top-5 of the best epoch
 
 A run lives in --output: last.pt (every --save-every steps), best.pt and log.jsonl (every epoch).  The same command goes
 on with a run that was stopped; --resume goes on with it under other settings, such as more epochs.
@@ -36,7 +35,6 @@ import scalablevit
 PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, lr=1e-3, weight_decay=0.05,
              clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
              min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, and DeiT's RandAugment
-BASE_AND_LARGE = PAPER | dict(drop_path_rate=0.5)
 TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
                     reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)
 DIGITS = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5)         # tiny without --data
@@ -99,8 +97,8 @@ def read_image(path, size):
 class ImageFolder(Dataset):
     """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.
 
-    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8, 0 where it is erased, label, error: an
-    image that cannot be read, which another one replaces, or "".
+    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8 with 0 where it is erased, label, and an
+    error if another image takes the place of one that cannot be read, else "".
     """
 
     def __init__(self, root, args, train):
@@ -132,10 +130,8 @@ class ImageFolder(Dataset):
 
 
 def training_batches(n, args, first, last):
-    """The keys of this process's images, batch by batch, from step `first` to `last`.
-
-    An epoch shuffles the n images, puts each aug_repeats times in a row, and takes n of these.  A step deals them out
-    one by one: half a batch (see `mix`) is half a step, however many processes and batches share the step.
+    """The keys of this process's images, batch by batch: an epoch shuffles n images and puts each aug_repeats times in
+    a row.  A step deals them out one by one: half a batch (see `mix`) is half a step, however many share the step.
     """
     for step in range(first, last):
         epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
@@ -212,9 +208,11 @@ def main():
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        store, _, _ = next(dist.rendezvous("env://"))               # torchrun's keeps the addresses of earlier starts
-        store = dist.PrefixStore(str(store.add(f"starts of {RANK}", 1)), store)
-        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+        store = next(dist.rendezvous("env://"))[0]                  # torchrun's keeps the addresses of earlier starts
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the starts
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
+        dist.init_process_group("nccl" if CUDA else "gloo", store=dist.PrefixStore(str(start), store), rank=RANK,
+                                world_size=WORLD_SIZE)
     if RANK == 0 and not args.eval:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")
@@ -234,8 +232,11 @@ def main():
     kept = saved if args.resume or args.eval else {}
     name = args.model or saved.get("model", "tiny")
     check(name == saved.get("model", name), f"{start} is not of --model {name}")
-    defaults = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, BASE_AND_LARGE)
+    defaults = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, PAPER | dict(drop_path_rate=0.5))
     args = parser.parse_args(namespace=argparse.Namespace(**defaults | {"model": name} | kept))
+    check(min(args.size, args.epochs, args.batch_size, args.accum, args.save_every) > 0 <= args.workers,
+          "--size, --epochs, --batch-size, --accum and --save-every must be at least 1, --workers at least 0")
+    check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix want an even --batch-size")
     data = pathlib.Path(args.data or output / "digits")
     val_set = ImageFolder(data / "val", args, train=False)
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
@@ -283,12 +284,11 @@ def main():
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     last, warmup, peak = args.epochs * steps, args.warmup_epochs * steps, args.lr * batch / 1024
-    stopped, signals = False, []
+    began, first, stopped, signals = time.time(), step, False, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
     print(f"scalablevit_{args.model}, {n} images of {len(classes)} classes, {batch} in a step, writing to {output}")
-    began, first = time.time(), step
     while not stopped and (step < last or step // steps > len(log)):
         if step // steps > len(log):                                # an epoch is complete, and last.pt has it
             top1, top5 = evaluate(model, val_loader, args.bf16)

@@ -1,7 +1,6 @@
 """The training program: its recipe piece by piece, runs that stop and go on to the same end, faults, mistakes."""
 import argparse
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from unittest import mock
 
@@ -73,7 +71,7 @@ def load(output, name="last.pt"):
 
 
 def assert_same_end(a, b, exactly=True):
-    """The same weights and log, to the last bit; or but for float32's rounding, of which AdamW's first steps make much."""
+    """The same weights and log, to the last bit, or but for rounding, of which AdamW's first steps make much."""
     ours, theirs = load(a)["model"], load(b)["model"]
     if exactly:
         assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
@@ -166,7 +164,7 @@ def test_the_sampler_repeats_images_and_shares_them_out(extra, world, b, accum, 
         shares = [sum(part[epoch * steps * accum:(epoch + 1) * steps * accum], []) for part in own]
         counts, taken = Counter(index for share in shares for index, _ in share), steps * world * accum * b
         assert set(counts) <= set(range(n)) and max(counts.values()) <= repeats
-        assert len(counts) == -(-taken // repeats)                             # all but the last as often as they may be
+        assert len(counts) == -(-taken // repeats)                             # all but one as often as they may be
         assert len({seed for share in shares for _, seed in share}) == taken   # and each time another crop
         if world >= repeats:                                                   # copies go to different processes
             assert all(len({index for index, _ in share}) == len(share) for share in shares)
@@ -176,16 +174,14 @@ def test_the_sampler_repeats_images_and_shares_them_out(extra, world, b, accum, 
     assert batches(n, world, first=first, steps=3 * steps, **args) == [part[first * accum:] for part in own]
 
 
-def test_a_step_and_its_pairs_are_the_same_however_it_is_split():
-    """The pairs that `mix` joins in a step of 16; no image is mixed with its own copy."""
+def test_a_step_and_the_pairs_that_mix_joins_are_the_same_however_it_is_split_and_no_copies_are_joined():
     pairs = set()
     for world, accum in ((1, 1), (2, 1), (1, 4), (2, 2), (4, 1)):
         b = 16 // (world * accum)
-        keys = batches(40, world, first=1, steps=2, batch_size=b, accum=accum, aug_repeats=3, seed=0)
-        joined = [frozenset((batch[i], batch[i - b // 2])) for part in keys for batch in part for i in range(b)]
-        assert all(len({index for index, _ in pair}) == 2 for pair in joined)
-        pairs.add(frozenset(joined))
-    assert len(pairs) == 1
+        own = batches(40, world, first=1, steps=2, batch_size=b, accum=accum, aug_repeats=3, seed=0)
+        every = [batch for part in own for batch in part]
+        pairs.add(frozenset(frozenset((batch[i], batch[i - b // 2])) for batch in every for i in range(b)))
+    assert len(pairs) == 1 and all(len({index for index, _ in pair}) == 2 for pair in pairs.pop())
 
 
 @given(st.integers(0, 10 ** 6), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), st.booleans())
@@ -255,18 +251,14 @@ def test_images_are_turned_as_their_exif_says_and_damaged_exif_does_no_harm(suff
         exif[0x0112] = orientation
         picture().save(tmp_path / f"x.{suffix}", exif=exif, quality=100)
         assert distance(train.read_image(tmp_path / f"x.{suffix}", 60), turned(np.asarray(picture()))) < 5
+    if suffix == "jpg":                                                        # decoded smaller, but not below 3 x size
+        picture((1600, 1200)).save(tmp_path / "x.jpg")
+        assert [train.read_image(tmp_path / "x.jpg", size).size for size in (50, 51)] == [(200, 150), (400, 300)]
     for mode in ("RGB", "L", "1", "P", "RGBA", "LA") if suffix == "png" else ("RGB", "CMYK") if suffix == "jpg" else ():
         image = picture().convert(mode)
         image.save(tmp_path / f"x.{suffix}", exif=b"Exif\0\0garbage")
         read = train.read_image(tmp_path / f"x.{suffix}", 60)
         assert read.mode == "RGB" and distance(read, image.convert("RGB")) < 8
-
-
-def test_a_large_jpeg_is_decoded_smaller_but_not_below_three_times_the_size(tmp_path):
-    picture((1600, 1200)).save(tmp_path / "x.jpg", quality=95)
-    for size, expected in ((50, (200, 150)), (100, (400, 300)), (101, (800, 600)), (400, (1600, 1200))):
-        image = train.read_image(tmp_path / "x.jpg", size)
-        assert image.size == expected and distance(image, picture((1600, 1200)).resize(expected, Image.BOX)) < 2
 
 
 def test_evaluation_resizes_and_takes_the_centre_and_erases_nothing(tmp_path):
@@ -287,7 +279,7 @@ def folder_of(root, *names):
 
 
 def test_files_of_any_name_are_found_and_hidden_ones_and_others_and_links_that_lead_back_are_not(tmp_path):
-    folder_of(tmp_path / "x" / "a", "0.PNG", "._0.png", "notes.txt", "notes.pdf", "Ελλάς 日本.jpg", "a b\nc.jpeg")
+    folder_of(tmp_path / "x" / "a", "0.PNG", "._0.png", "notes.txt", "notes.pdf", "Ελλάς 日.jpg", "a b\nc.jpeg")
     folder_of(tmp_path / "elsewhere", "1.png")
     folder_of(tmp_path / "x" / "a" / "deeper", "2.png")
     folder_of(tmp_path / "x" / ".hidden", "3.png")
@@ -324,12 +316,6 @@ class Killed(BaseException):
     """What no handler in the program sees, as little as it sees a kill -9."""
 
 
-def raiser(error):
-    def happen(*_):
-        raise error
-    return happen
-
-
 @pytest.mark.parametrize("how, where, number, workers, saved", [
     ("kill", "cross_entropy", 8, 0, 6), ("kill", "cross_entropy", 10, 2, 9), ("kill", "replace", 6, 0, 4),
     ("kill", "fsync", 7, 0, 4), ("kill", "evaluate", 2, 0, 8), ("SIGTERM", "cross_entropy", 6, 0, 6),
@@ -340,7 +326,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, where, number, work
     args = [*args, "--output", tmp_path / "out", "--save-every", 3, "--workers", workers]
     owner = {"cross_entropy": train.F, "evaluate": train}.get(where, os)
     with pytest.MonkeyPatch.context() as patch:
-        interpose(patch, owner, where, number, raiser(Killed) if how == "kill" else sending(getattr(signal, how)))
+        happen = mock.Mock(side_effect=Killed) if how == "kill" else sending(getattr(signal, how))
+        interpose(patch, owner, where, number, happen)
         with pytest.raises(Killed) if how == "kill" else contextlib.nullcontext():
             status, out, err = call(*args)
             assert status == 128 + getattr(signal, how) and not err and f"stopped after step {saved} of 12" in out
@@ -349,7 +336,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, where, number, work
     assert_same_end(tmp_path / "out", output)
 
 
-def test_a_folder_that_holds_another_run_is_refused_and_with_resume_flags_replace_what_was_saved(finished, call, tmp_path):
+def test_a_folder_that_holds_another_run_is_refused_and_resume_replaces_its_settings(finished, call, tmp_path):
     output, args = finished
     shutil.copytree(output, tmp_path / "out")
     args, resume = [*args, "--output", tmp_path / "out"], ["--resume", "--output", tmp_path / "out"]
@@ -361,6 +348,10 @@ def test_a_folder_that_holds_another_run_is_refused_and_with_resume_flags_replac
     for more in (["--eval"], ["--init", output / "best.pt"]):
         assert "neither --init nor --eval" in fail(call(*resume, *more))
     assert (tmp_path / "out" / "last.pt").read_bytes() == (output / "last.pt").read_bytes()
+    last = load(output)
+    for state in last["optimizer"]["state"].values():                          # fused AdamW would write far beyond it
+        state["exp_avg"] = torch.zeros(()).expand(state["exp_avg"].shape)
+    torch.save(last, tmp_path / "out" / "last.pt")
     succeed(call(*resume, "--weight-decay", 0.3, "--epochs", 4))
     assert log_of(tmp_path / "out", "epoch") == [1, 2, 3, 4]
     model = scalablevit.scalablevit_tiny(num_classes=2)
@@ -425,7 +416,7 @@ assert not gloo()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     process = subprocess.run(
         [*torchrun, tmp_path / "program.py", *args, "--batch-size", "4", "--output", tmp_path / "two"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     printed = process.stdout
     assert process.returncode == 0 and (tmp_path / "killed").exists(), printed
     assert printed.count("32 images of 2 classes, 8 in a step") == 2 and printed.count("epoch 2  loss") == 1, printed
@@ -451,7 +442,7 @@ def test_a_model_that_was_built_with_other_arguments_is_built_again_from_them(da
 
 @pytest.mark.parametrize("kind", ["own", "own, other classes", "own, more classes", "without config", "mere weights",
                                   "published"])
-def test_init_takes_own_and_published_weights_and_a_fresh_head_for_other_classes(kind, data, call, tmp_path, monkeypatch):
+def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(kind, data, call, tmp_path, monkeypatch):
     classes = {"own, other classes": ["cat", "dog"], "own, more classes": ["0", "1", "2"]}.get(kind, ["0", "1"])
     published = {"rc": (1.25, 1.25, 1.25, 1.25)} if kind == "published" else {}
     model = scalablevit.scalablevit_tiny(num_classes=len(classes), **published)
@@ -462,7 +453,7 @@ def test_init_takes_own_and_published_weights_and_a_fresh_head_for_other_classes
     if kind == "mere weights":
         content = weights
     if kind == "published":
-        content = {"model": {"patch_embeds.0.proj.weight": torch.ones(1), "head.weight": 0}, "args": argparse.Namespace(lr=1)}
+        content = {"model": {"patch_embeds.0.proj.weight": 0, "head.weight": 0}, "args": argparse.Namespace(lr=1)}
         monkeypatch.setattr(scalablevit, "convert_official", lambda published: weights)
     torch.save(content, tmp_path / "x.pt")
     args = ["--init", tmp_path / "x.pt", "--data", data, "--epochs", 1, *QUICK, "--lr", "1e-9"]   # which moves nothing
@@ -513,33 +504,8 @@ def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tm
     assert message in fail(call(*args, "--output", tmp_path)) and not (tmp_path / "trapped").exists()
 
 
-def test_moments_that_overlap_in_memory_are_copied(finished, call, tmp_path):
-    """AdamW's fused kernel would write n numbers into the memory of one."""
-    last = load(finished[0])
-    for state in last["optimizer"]["state"].values():
-        state["exp_avg"] = torch.zeros(()).expand(state["exp_avg"].shape)
-    torch.save(last, tmp_path / "last.pt")
-    succeed(call("--resume", "--epochs", 4, "--output", tmp_path))
-    assert all(state["exp_avg"].is_contiguous() for state in load(tmp_path)["optimizer"]["state"].values())
-
-
-@given(st.lists(st.tuples(st.integers(0, 2999), st.integers(0, 255)), max_size=20))
-def test_a_damaged_checkpoint_is_told_in_a_line_or_still_loads(changes):
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "x.pt"
-        torch.save({"model": {"head.bias": torch.ones(300)}}, path)
-        content = bytearray(path.read_bytes())
-        for place, byte in changes:
-            content[place % len(content)] = byte
-        path.write_bytes(content)
-        try:
-            assert "model" in train.load_checkpoint(path)
-        except SystemExit as end:
-            assert end.code == 2 and changes
-
-
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04", pickle.dumps(Trap(), 2), [], {}, 3, {"model": [1]},
-                                     {"model": {}}, {"model": {"patch_embeds.0.proj.weight": torch.ones(1), "x": 1}}])
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04" * 99, pickle.dumps(Trap(), 2), [], {},
+                                     {"model": [1]}, {"model": {}}, {"model": {"patch_embeds.0.proj.weight": 1, "x": 1}}])
 def test_a_file_of_something_else_is_told_in_a_line(content, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "x.pt")
@@ -583,33 +549,19 @@ def test_an_image_of_val_that_cannot_be_read_ends_the_run_and_the_epoch_is_not_l
     file.write_bytes(content)
     succeed(call(*args))
     assert log_of(tmp_path / "out", "epoch") == [1]
+    (tmp_path / "data" / "val" / "cat").mkdir()
+    assert "val must hold images" in fail(call(*args))
+    shutil.copy(file, tmp_path / "data" / "val" / "cat")
+    assert "different classes in train and val" in fail(call(*args))
 
 
-def test_a_loss_that_is_not_finite_or_a_full_disk_stops_a_run_and_leaves_the_last_checkpoint(data, call, tmp_path):
-    def nan(logits, targets, **kwargs):
-        return logits.sum() * torch.nan
-
-    args = ["--data", data, "--output", tmp_path, *QUICK, "--epochs", 2]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="non-finite"):
-        interpose(patch, train, "learning_rate", 5, lambda: patch.setattr(train.F, "cross_entropy", nan))
-        call(*args)
-    assert load(tmp_path)["step"] == 4 and all(w.isfinite().all() for w in load(tmp_path)["model"].values())
-    before = (tmp_path / "last.pt").read_bytes()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(os, "fsync", raiser(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        call(*args)
-    assert (tmp_path / "last.pt").read_bytes() == before
-    succeed(call(*args))
-    assert log_of(tmp_path, "epoch") == [1, 2]
-
-
-# ---------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("args, message", [
     (["--resume", "--output", "x"], "and there is none"),
     (["--eval", "--output", "x"], "cannot load x/best.pt"),
     (["--init", PROGRAM, "--data", "x"], "cannot load"),
     (["--data", "nowhere"], "nowhere/val must hold images in folders"),
     (["--data", "DATA", "--fuse", *QUICK], "scalablevit_kernels"),
+    (["--data", "DATA", "--batch-size", 64], "a step takes 64 images, and there are 32: lower --batch-size"),
 ])
 def test_mistakes_are_told_in_a_line(args, message, call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -617,20 +569,6 @@ def test_mistakes_are_told_in_a_line(args, message, call, data, tmp_path, monkey
     assert message in fail(call(*[data if arg == "DATA" else arg for arg in args]))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda root: shutil.rmtree(root / "val"), "val must hold images"),
-    (lambda root: [p.unlink() for p in (root / "train" / "a").iterdir()], "train must hold images"),
-    (lambda root: folder_of(root / "val" / "cat", "0.png"), "different classes in train and val"),
-    (lambda root: [(root / "train" / "a" / f"{i}.png").unlink() for i in range(3)], "takes 8 images, and there are 5"),
-])
-def test_a_data_set_with_something_wrong_is_told_in_a_line(change, message, call, tmp_path):
-    for folder in (tmp_path / "data" / split / name for split in ("train", "val") for name in ("a", "b")):
-        folder_of(folder, *[f"{i}.png" for i in range(4)])
-    change(tmp_path / "data")
-    assert message in fail(call("--data", tmp_path / "data", "--output", tmp_path / "out", *QUICK))
-
-
-# ---------------------------------------------------------------------------- the embedded data set
 def test_the_embedded_data_is_the_same_every_time_and_too_varied_for_a_linear_classifier(tmp_path):
     """Ridge regression on the pixels of 2000 + 500 pictures of the ten classes, the best of several strengths."""
     def pixels(split):
