@@ -36,8 +36,8 @@ PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, l
              clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
              min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, and DeiT's RandAugment
 TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
-                    reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)
-DIGITS = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5)         # tiny without --data
+                    reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)      # DIGITS: without --data; LARGE: b, l
+DIGITS, LARGE = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5), PAPER | dict(drop_path_rate=0.5)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -232,8 +232,8 @@ def main():
     kept = saved if args.resume or args.eval else {}
     name = args.model or saved.get("model", "tiny")
     check(name == saved.get("model", name), f"{start} is not of --model {name}")
-    defaults = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, PAPER | dict(drop_path_rate=0.5))
-    args = parser.parse_args(namespace=argparse.Namespace(**defaults | {"model": name} | kept))
+    preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
+    args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))
     check(min(args.size, args.epochs, args.batch_size, args.accum, args.save_every) > 0 <= args.workers,
           "--size, --epochs, --batch-size, --accum and --save-every must be at least 1, --workers at least 0")
     check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix want an even --batch-size")
