@@ -108,7 +108,7 @@ class ImageFolder(Dataset):
                    v2.RandomHorizontalFlip(), *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
         self.transform = v2.Compose([*(augment if train else center_crop), v2.PILToTensor()])
-        self.size, self.erase = args.size, v2.RandomErasing(args.reprob if train else 0, value=0)
+        self.size, self.erase = args.size, v2.RandomErasing(args.reprob if train else 0, value=0, inplace=True)
         self.classes = sorted(d.name for d in root.glob("[!.]*") if d.is_dir())
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)

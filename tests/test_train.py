@@ -504,8 +504,8 @@ def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tm
     assert message in fail(call(*args, "--output", tmp_path)) and not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04" * 99, pickle.dumps(Trap(), 2), [], {},
-                                     {"model": [1]}, {"model": {}}, {"model": {"patch_embeds.0.proj.weight": 1, "x": 1}}])
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04" * 99, pickle.dumps(Trap(), 2), [], {"model": [1]},
+                                     {"model": {}}, {"model": {"patch_embeds.0.proj.weight": 1, "x": 1}}])
 def test_a_file_of_something_else_is_told_in_a_line(content, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "x.pt")
