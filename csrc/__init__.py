@@ -103,8 +103,8 @@ def computes_the_same(layer):
             seen += [out, *torch.autograd.grad(out.square().sum(), [x, *parameters], materialize_grads=True)]
         return seen
 
-    with (contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad(),     # what cannot be tried is
-          torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):                     # something else, too
+    with (contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):     # what cannot be tried is another thing
         layer = copy.deepcopy(layer).to("cpu", torch.float64)
         for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
             hooks.clear()                                           # a probe is not for them to see

@@ -40,8 +40,8 @@ def check(qkv, heads, M, **others):
                 lambda: f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         require(name != "weight" or k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k) with k odd, got k={k}")
         require(tensor.dtype in dtypes and tensor.device == qkv.device,
-                lambda: f"{name} must have dtype {' or '.join(map(str, dict.fromkeys(dtypes)))} and be on {qkv.device}, as qkv is, "
-                        f"got {tensor.dtype} on {tensor.device}")
+                lambda: f"{name} must have dtype {' or '.join(map(str, dict.fromkeys(dtypes)))} and be on "
+                        f"{qkv.device}, as qkv is, got {tensor.dtype} on {tensor.device}")
     return B, H, W, C
 
 

@@ -4,8 +4,8 @@
     python tests/bench.py large                   the features of one image, 224x224 to 1344x1344, with peak memory
     python tests/bench.py kernels                 each operator at S's four stage shapes, beside its plain PyTorch form
 
-All take --device cuda, --batch 8, --threads 2 and --seconds 5 (per line).  A line's sides take turns within one run, so that
-whatever else the machine does meets all of them; medians, and how many times as fast as the last side.
+All take --device cuda, --batch 8, --threads 2 and --seconds 5 (per line).  A line's sides take turns within one run,
+so that whatever else the machine does meets all of them; medians, and how many times as fast as the last side.
 """
 import argparse
 import multiprocessing
@@ -43,8 +43,8 @@ def medians(functions, args):
 def print_sides(what, names, functions, args, more=""):
     """One line: milliseconds and, in brackets, how many times as fast as the last side."""
     times = medians(functions, args)
-    print(f"{what:36}" + "".join(f"{name} {t:.1f} ({times[-1] / t:.2f})".ljust(28) for name, t in zip(names, times)) + more,
-          flush=True)
+    sides = "".join(f"{name} {t:.1f} ({times[-1] / t:.2f})".ljust(28) for name, t in zip(names, times))
+    print(f"{what:36}{sides}{more}", flush=True)
     return times
 
 

@@ -1,4 +1,4 @@
-"""The operators of scalablevit_kernels against float64 and the plain PyTorch of scalablevit.py; what `fuse` does to a model.
+"""The operators of scalablevit_kernels against float64 and scalablevit.py, and what `fuse` does to a model.
 
 Skipped where the extension is not built; the CUDA half runs on a GPU alone (on a CPU: test_cuda_on_cpu.py).
 """
@@ -151,7 +151,7 @@ def test_one_pass_takes_windows_of_any_size(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channel", [1, 9])
 def test_in_one_pass_a_nan_stays_in_its_window(dtype, channel):
-    """In a query or a value, forward and backward.  The buffers of a window of 3 x 3 are used again by one of 3 tokens."""
+    """In a query or a value, forward and backward.  The buffers of a 3 x 3 window are used again by one of 3 tokens."""
     qkv, weight, bias = torch.randn(1, 3, 4, 12).to(dtype), torch.zeros(4, 1, 1, 1).to(dtype), torch.zeros(4).to(dtype)
     qkv[0, 1, 0, channel] = math.nan
     dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 3, 4, 4).to(dtype), qkv, weight, 1, 3)
@@ -353,7 +353,8 @@ def test_a_fused_model_computes_and_costs_the_same(device, autocast):
             logits.float().square().sum().backward()
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=autocast):
             inferred = model(images)
-        return logits.detach().float(), inferred.float(), flops.get_total_flops(), [p.grad.clone() for p in model.parameters()]
+        grads = [p.grad.clone() for p in model.parameters()]
+        return logits.detach().float(), inferred.float(), flops.get_total_flops(), grads
 
     *plain, plain_grads = step()
     state, cost = {name: t.clone() for name, t in model.state_dict().items()}, count_macs(model, (75, 110))
@@ -391,7 +392,8 @@ def test_linear_layers_and_gelu_of_a_fused_model_in_inference(dtype, bound):
 
 def lim(**kwargs):
     """Puts another convolution in the place of LIM."""
-    return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **{"kernel_size": 3, "padding": 1, "groups": 8} | kwargs))
+    arguments = dict(kernel_size=3, padding=1, groups=8) | kwargs
+    return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **arguments))
 
 
 def changes():
@@ -427,16 +429,10 @@ def changes():
     }
 
 
-BEFORE_FUSE_ALONE = {"a parameter of its own", "an attention of its own", "a subclass"}  # afterwards they undo the fusing themselves, or cannot
-
-
 @on_devices
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", changes())
 def test_what_a_reader_changes_is_what_runs(device, when, name, capsys):
-    if when == "after" and name in BEFORE_FUSE_ALONE:
-        pytest.skip("the class and its methods are what fuse looks at")
-
     def train(change, fused=False):
         torch.manual_seed(0)
         module = IWSA(8, 2, window=3)
@@ -468,6 +464,19 @@ def test_a_convolution_that_does_not_fit_is_an_error_as_it_is_unfused(device, kw
     lim(**kwargs)(module)
     with pytest.raises(RuntimeError):
         module.to(device)(torch.randn(2, 7, 8, 8, device=device))
+
+
+@needs_kernels
+def test_an_edit_that_shows_on_maps_narrower_than_a_window_is_noticed(monkeypatch, capsys):
+    attend = IWSA.attend
+
+    def narrower(self, qkv, top=0, left=0):                         # M = min(window, min(H, W)) in the file's text
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "window", min(self.window, *qkv.shape[1:3]))
+            return attend(self, qkv, top, left)
+
+    monkeypatch.setattr(scalablevit.WSA, "attend", narrower)
+    assert type(fuse(IWSA(8, 2, window=5))) is IWSA and "something else" in capsys.readouterr().out
 
 
 @needs_kernels
