@@ -1,11 +1,7 @@
 """Train ScalableViT on a folder of images: one program for a laptop, a GPU, and several machines full of them.
 
-    python train_minimal.py                                    tiny, on digits that are drawn here: minutes
-    python train_minimal.py --data DIR                         tiny, on DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg
+    python train_minimal.py [--data DIR]        tiny, on DIR/train/CLASS/* and DIR/val/CLASS/*, or on digits drawn here
     torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images a step
-
-A run lives in --output: last.pt (every --save-every steps), best.pt and log.jsonl (every epoch).  The same command goes
-on with a run that was stopped; --resume goes on with it under other settings, such as more epochs.
 """
 import argparse
 import contextlib
@@ -19,6 +15,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn        # DDP imports it late, and its defaults then hold the group: gloo's threads never end
@@ -37,6 +34,7 @@ PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, l
              min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, and DeiT's RandAugment
 TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
                     reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)      # DIGITS: without --data; LARGE: b, l
+SETTINGS = PAPER | dict(data="", model="", init="", bf16=False, extent=[])          # that a checkpoint keeps
 DIGITS, LARGE = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5), PAPER | dict(drop_path_rate=0.5)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
 CUDA = torch.cuda.is_available()
@@ -47,16 +45,15 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 flag = parser.add_argument
 flag("--data", type=os.path.abspath, metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: drawn digits)")
 flag("--model", choices=("tiny", "s", "b", "l"), help="the size of the network (default: tiny)")
-flag("--output", type=pathlib.Path, metavar="DIR", help="of the run (default: runs/MODEL)")
+flag("--output", type=pathlib.Path, metavar="DIR", help="of the run, which the same command goes on with (runs/MODEL)")
 flag("--init", type=os.path.abspath, metavar="FILE", help="weights to start from: of this program, or published ones")
-flag("--resume", action="store_true", help="go on with the run in --output, under the settings given here")
+flag("--resume", action="store_true", help="go on with the run in --output under other settings, such as more epochs")
 flag("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
 flag("--workers", type=int, default=8 if CUDA else 0, metavar="N", help="that read images for each training process")
 flag("--save-every", type=int, default=1000, metavar="N", help="steps between two saves of last.pt (1000)")
 flag("--bf16", action=argparse.BooleanOptionalAction, default=CUDA, help="autocast to bfloat16 (default: on a GPU)")
-flag("--fuse", action="store_true", help="run the fused kernels of scalablevit_kernels")
 for name, value in PAPER.items():
-    flag(f"--{name.replace('_', '-')}", type=type(value), default=value, metavar="N",
+    flag("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N",
          help=f"{value}; for tiny {TINY[name]}, without --data {DIGITS[name]}")
 
 
@@ -72,12 +69,11 @@ def draw_digits(root, train=400, val=100, side=64):
     for folder, n in [(part / split / str(i), n) for split, n in (("train", train), ("val", val)) for i in range(10)]:
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            image = Image.frombytes("RGB", (12, 12), rng.randbytes(432)).resize((side, side), Image.NEAREST)
-            mask, font = Image.new("L", (side, side)), ImageFont.load_default(side * rng.uniform(0.7, 1))
-            center = side * rng.uniform(0.3, 0.7), side * rng.uniform(0.3, 0.7)
-            ImageDraw.Draw(mask).text(center, folder.name, 255, font, anchor="mm")
-            color, image = tuple(rng.randrange(128, 256) for _ in "rgb"), image.point(lambda value: value // 3)
-            image.paste(color, mask=mask.rotate(rng.uniform(-15, 15)))
+            blocks = Image.frombytes("RGB", (12, 12), bytes(value // 3 for value in rng.randbytes(432)))
+            image, mask = blocks.resize((side, side), Image.NEAREST), Image.new("L", (side, side))
+            font = ImageFont.load_default(side * rng.uniform(0.7, 1))
+            ImageDraw.Draw(mask).text([side * rng.uniform(0.3, 0.7) for _ in "xy"], folder.name, 255, font, anchor="mm")
+            image.paste(tuple(rng.randrange(128, 256) for _ in "rgb"), mask=mask.rotate(rng.uniform(-15, 15)))
             image.save(folder / f"{i:03}.png")
     part.rename(root)                                               # only now that all of them are there
 
@@ -95,34 +91,37 @@ def read_image(path, size):
 
 
 class ImageFolder(Dataset):
-    """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.
-
-    Item (index, seed): image (3, size, size) uint8, mask (1, size, size) uint8 with 0 where it is erased, label, and an
-    error if another image takes the place of one that cannot be read, else "".
-    """
+    """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.  An item is
+    image (size, size, 3), mask (1, size, size), 0 where erased, label, and why another image takes its place, or ""."""
 
     def __init__(self, root, args, train):
-        # v2 lacks DeiT's invert, solarize-add and noise on the magnitude, and its posterize is milder.
-        operation = v2.RandAugment(1, 9, num_magnitude_bins=11, interpolation=Image.BILINEAR, fill=(124, 116, 104))
-        augment = [v2.RandomResizedCrop(args.size, (args.min_scale, 1), interpolation=Image.BICUBIC),
-                   v2.RandomHorizontalFlip(), *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
+        # v2's lacks DeiT's invert, solarize-add, noise on the magnitude, and interpolation; its posterize is milder.
+        operation = v2.RandAugment(1, 9, num_magnitude_bins=11, fill=(124, 116, 104))
+        augment = [self.random_crop, *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
-        self.transform = v2.Compose([*(augment if train else center_crop), v2.PILToTensor()])
-        self.size, self.erase = args.size, v2.RandomErasing(args.reprob if train else 0, value=0, inplace=True)
-        self.classes = sorted(d.name for d in root.glob("[!.]*") if d.is_dir())
+        self.transform = v2.Compose([*(augment if train else center_crop), np.array])
+        self.mask = torch.ones(1, args.size, args.size, dtype=torch.uint8)
+        self.erase = v2.RandomErasing(args.reprob, value=0) if train and args.reprob > 0 else torch.nn.Identity()
+        self.args, self.classes = args, sorted(d.name for d in root.glob("[!.]*") if d.is_dir())
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)
                         if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
         check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} must hold images in folders")
 
+    def random_crop(self, image):
+        """v2.RandomResizedCrop and RandomHorizontalFlip, without what they take on top of Pillow for small images."""
+        top, left, h, w = v2.RandomResizedCrop.get_params(image, (self.args.min_scale, 1), (3 / 4, 4 / 3))
+        image = image.resize(2 * [self.args.size], Image.BICUBIC, (left, top, left + w, top + h))
+        return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
+
     def __getitem__(self, key):
         index, seed = key
         torch.default_generator.manual_seed(seed)                   # the same image, whichever process reads it
-        mask, error = self.erase(torch.ones(1, self.size, self.size, dtype=torch.uint8)), ""
+        mask, error = self.erase(self.mask), ""
         for _ in range(100):
             path, label = self.samples[index]
             try:
-                return self.transform(read_image(path, self.size)), mask, label, error
+                return self.transform(read_image(path, self.args.size)), mask, label, error
             except Exception as reason:                             # Pillow's decoders raise almost anything
                 error = error or f"{path} ({reason})"
             index = int(torch.randint(len(self.samples), ()))
@@ -130,9 +129,8 @@ class ImageFolder(Dataset):
 
 
 def training_batches(n, args, first, last):
-    """The keys of this process's images, batch by batch: an epoch shuffles n images and puts each aug_repeats times in
-    a row.  A step deals them out one by one: half a batch (see `mix`) is half a step, however many share the step.
-    """
+    """Batches of this process's keys (index, seed).  An epoch shuffles n images and takes each aug_repeats times in a
+    row; a step deals them out one by one, so that half a batch (see `mix`) is half a step, however many share it."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -154,33 +152,24 @@ def mix(images, targets, args):
     return [mixed.view_as(own) for mixed, own in zip(v2.RandomChoice(mixing)(*halves), (images, targets))]
 
 
+def setup_distributed():
+    """Join the processes that torchrun started, if it did.  The first one speaks."""
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)         # names that it cannot encode
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    if WORLD_SIZE > 1:
+        store = next(dist.rendezvous("env://"))[0]                  # torchrun's keeps the addresses of earlier starts
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the starts
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
+        dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK, world_size=WORLD_SIZE)
+
+
 def gather(value):
     values = [value] * WORLD_SIZE                                   # one of each process
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-@torch.no_grad()
-def evaluate(model, loader, bf16):
-    """Top-1 and top-5 accuracy in percent; each process counts its share of the images."""
-    model.eval()
-    right1, right5 = 0, 0
-    for images, _, labels, errors in loader:                        # (B, 3, size, size), ..., (B,)
-        check(not any(errors), f"cannot read {max(errors)}, and the accuracy is that of all images")
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            logits = model(normalize(images.to(DEVICE, non_blocking=True)))
-        right = logits.topk(min(5, logits.shape[1])).indices == labels.to(DEVICE)[:, None]    # (B, 5)
-        right1, right5 = right1 + right[:, 0].sum(), right5 + right.sum()
-    return [100 * sum(counts) / len(loader.dataset.samples) for counts in zip(*gather((int(right1), int(right5))))]
-
-
-def learning_rate(step, last, warmup, peak):
-    """Linearly up from 1e-6, then a cosine down to 1e-5."""
-    low, end = min(1e-6, peak), min(1e-5, peak)
-    if step < warmup:
-        return low + (peak - low) * step / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(last - warmup, 1))) / 2
 
 
 def load_checkpoint(path):
@@ -192,39 +181,52 @@ def load_checkpoint(path):
         if "patch_embeds.0.proj.weight" in weights:
             config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)
         config = {"num_classes": len(weights["head.bias" if "head.bias" in weights else "head.3.bias"])} | config
-        return checkpoint | {"model": weights, "config": config, "settings": {} | checkpoint.get("settings", {})}
+        settings = {k: type(SETTINGS[k])(v) for k, v in checkpoint.get("settings", {}).items() if k in SETTINGS}
+        return checkpoint | {"model": weights, "config": config, "settings": settings}
     except Exception as error:
         check(False, f"cannot load {path}: {str(error)[:300]!r}")
 
 
+@torch.no_grad()
+def evaluate(model, loader, bf16):
+    """Top-1 and top-5 accuracy in percent; each process counts its share of the images."""
+    model.eval()
+    right = torch.zeros(2, device=DEVICE)
+    for images, _, labels, errors in loader:                        # (B, size, size, 3), ..., (B,)
+        check(not any(errors), f"cannot read {max(errors)}, and the accuracy is that of all images")
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            logits = model(normalize(images.to(DEVICE).permute(0, 3, 1, 2)))
+        check(logits.isfinite().all(), "the model's outputs are not finite numbers")
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels.to(DEVICE)[:, None]     # (B, 5)
+        right += torch.stack([hits[:, 0].sum(), hits.sum()])
+    return [100 * sum(counts) / len(loader.dataset.samples) for counts in zip(*gather(right.tolist()))]
+
+
+def learning_rate(step, last, warmup, peak):
+    """Linearly up from 1e-6, then a cosine down to 1e-5."""
+    low, end = min(1e-6, peak), min(1e-5, peak)
+    fall = (1 + math.cos(math.pi * (step - warmup) / max(last - warmup, 1))) / 2
+    return low + (peak - low) * step / warmup if step < warmup else end + (peak - end) * fall
+
+
 def main():
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")                # the first process speaks
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)         # names that it cannot encode
     args = parser.parse_args()
+    setup_distributed()
     output = args.output or pathlib.Path("runs", args.model or "tiny")
     last_pt = output / "last.pt"
     check(not args.resume or last_pt.exists(), f"--resume goes on with {last_pt}, and there is none")
     check(not args.resume or not (args.init or args.eval), "--resume goes with neither --init nor --eval")
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-    if WORLD_SIZE > 1:
-        store = next(dist.rendezvous("env://"))[0]                  # torchrun's keeps the addresses of earlier starts
-        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the starts
-        start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
-        dist.init_process_group("nccl" if CUDA else "gloo", store=dist.PrefixStore(str(start), store), rank=RANK,
-                                world_size=WORLD_SIZE)
     if RANK == 0 and not args.eval:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "w")
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # not inherited by the processes that read images
-        except BlockingIOError:
-            check(False, f"another process is writing to {output}")
+            output.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(lock := open(output / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not have it
+        except OSError as error:
+            check(False, f"cannot write to {output}, or another process is writing to it: {error.strerror}")
         if not (args.data or last_pt.exists() or (output / "digits").exists()):
             draw_digits(output / "digits")
     gather(None)                                                    # the others wait for the lock and the digits
 
-    # Settings: the flags; else, with --resume and --eval, those of the checkpoint; else the defaults
+    # The settings: the flags; else, with --resume and --eval, those of the checkpoint; else the defaults
     going_on = last_pt.exists() and not args.eval
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
     checkpoint = load_checkpoint(start) if start else {}
@@ -237,6 +239,7 @@ def main():
     check(min(args.size, args.epochs, args.batch_size, args.accum, args.save_every) > 0 <= args.workers,
           "--size, --epochs, --batch-size, --accum and --save-every must be at least 1, --workers at least 0")
     check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix want an even --batch-size")
+
     data = pathlib.Path(args.data or output / "digits")
     val_set = ImageFolder(data / "val", args, train=False)
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
@@ -244,8 +247,9 @@ def main():
     steps = n // batch                                              # of an epoch, in each of which `batch` images
     check(classes == val_set.classes, f"{data} has different classes in train and val")
     check(steps or args.eval, f"a step takes {batch} images, and there are {n}: lower --batch-size or --accum")
-    settings = {key: getattr(args, key) for key in ("data", "model", "init", "bf16", *PAPER)} | {"extent": [n, batch]}
-    check(not going_on or settings == saved or args.resume and settings["extent"] == saved.get("extent"),
+    args.extent = [n, batch]
+    settings = {name: "" if (value := getattr(args, name)) is None else value for name in SETTINGS}
+    check(not going_on or settings == saved or args.resume and args.extent == saved.get("extent"),
           f"{output} holds a run with other {'images or steps' if args.resume else 'settings; --resume goes on'}")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]
@@ -261,26 +265,21 @@ def main():
             check(not (going_on or args.eval), f"{start} is of other classes than {data}")
             print(f"{start} is of other classes than {data}: training a fresh head")
             model.reset_classifier(len(classes))
-        if args.fuse:
-            from scalablevit_kernels import fuse
-            model = fuse(model)
         model, exempt = model.to(DEVICE), model.no_weight_decay()
         groups = [{"params": [p for name, p in model.named_parameters() if (name in exempt) == light],
                    "weight_decay": 0.0 if light else args.weight_decay} for light in (False, True)]
         optimizer = torch.optim.AdamW(groups, fused=True)           # which keeps these groups
         if going_on:
             step, loss_sum, log, unreadable = (checkpoint[key] for key in ("step", "loss_sum", "log", "unreadable"))
+            check(json.dumps(log) and step // steps - len(log) in (0, 1), f"{start} contradicts itself")
             for i, p in enumerate(p for group in groups for p in group["params"]):
-                optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)}
-                for key in ("exp_avg", "exp_avg_sq"):               # checked and copied: fused AdamW trusts them
-                    moment = checkpoint["optimizer"]["state"][i][key]
-                    check(moment.shape == p.shape, f"{start} has the optimizer of another model")
-                    optimizer.state[p][key] = torch.zeros_like(p).copy_(moment)
+                moments = checkpoint["optimizer"]["state"][i]       # copied, as fused AdamW trusts their shape
+                optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)} | {
+                    key: torch.zeros_like(p).copy_(moments[key].view_as(p)) for key in ("exp_avg", "exp_avg_sq")}
     except Exception as error:
         check(False, f"cannot build the model of {start}: {str(error)[:300]}")
     if args.eval:
-        print("top-1 {:.2f} %  top-5 {:.2f} %".format(*evaluate(model, val_loader, args.bf16)))
-        return
+        return print("top-1 {:.2f} %  top-5 {:.2f} %".format(*evaluate(model, val_loader, args.bf16)))
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
 
     last, warmup, peak = args.epochs * steps, args.warmup_epochs * steps, args.lr * batch / 1024
@@ -300,11 +299,12 @@ def main():
             net.train()
             loss, found = 0.0, set()
             for a in range(args.accum):
-                images, masks, labels, errors = next(batches)       # (B, 3, size, size), (B, 1, size, size), (B,)
+                images, masks, labels, errors = next(batches)       # (B, size, size, 3), (B, 1, size, size), (B,)
                 found.update(errors)
                 images, masks, labels = (t.to(DEVICE, non_blocking=True) for t in (images, masks, labels))
+                images = normalize(images.permute(0, 3, 1, 2).contiguous())        # (B, 3, size, size) float32
                 torch.manual_seed(hash((args.seed, step, 0, 0)))    # only now: without workers, images were drawn here
-                images = torch.where(masks > 0, normalize(images), torch.randn(images.shape[1:], device=DEVICE))
+                images = torch.where(masks > 0, images, torch.randn(images.shape[1:], device=DEVICE))
                 targets = F.one_hot(labels, len(classes)).float()
                 if args.mixup > 0 or args.cutmix > 0:
                     images, targets = mix(images, targets, args)
