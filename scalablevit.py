@@ -147,10 +147,8 @@ class WSA(nn.Module):
         B, H, W, _ = qkv.shape
         M = min(self.window, max(H, W))                             # not larger than the map
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
-        mask = None
-        if top or left or H % M or W % M:                           # padding is not to be seen
-            real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))
-            mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                # (B·windows, 1, 1, M²)
+        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))    # padding is not to be seen
+        mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                    # (B·windows, 1, 1, M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
         return window_merge(z, H, W, M)
 

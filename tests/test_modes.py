@@ -72,6 +72,18 @@ def test_export_with_a_dynamic_batch(pattern):
         torch.testing.assert_close(program.module()(images(B)), model(images(B)))
 
 
+def test_export_with_dynamic_sizes():
+    """Batch, rows and columns: sizes that 7 and the reductions divide or not, larger and smaller than what was traced."""
+    model, Dim = small(depths=(2, 2), heads=(2, 4), rc=(1.25, 1.0), rn=(1 / 4, 1)).eval(), torch.export.Dim
+    sizes = {0: Dim("batch", min=1, max=64), 2: Dim("H", min=33, max=2048), 3: Dim("W", min=33, max=2048)}
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = torch.export.export(model, (torch.randn(2, 3, 61, 70),), dynamic_shapes=(sizes,),
+                                      prefer_deferred_runtime_asserts_over_guards=True)
+    for B, H, W in ((1, 56, 56), (2, 61, 70), (3, 64, 33), (1, 130, 97)):
+        x = torch.randn(B, 3, H, W)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
 # ------------------------------------------------------------------------------------------------ numbers and layouts
 @pytest.mark.parametrize("pattern", ALL_KINDS)
 def test_autocast_to_bfloat16_stays_close(pattern):
