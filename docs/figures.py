@@ -7,16 +7,18 @@
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
-FILE is a checkpoint of train_minimal.py, a published model, or a plain state dict.  What "config" in it does not say is
+Each picture is a function that returns its figure.  In a notebook, with docs/ in sys.path: import figures, and
+figures.field(); draws one.  FILE is a checkpoint of train_minimal.py, a published model, or a plain state dict.  What "config" in it does not say is
 read off the parameters.  They do not tell SWSA from WSA, nor the size of windows: 7 is taken, not shifted.
 """
 import argparse
+import io
 import json
 import pathlib
 import sys
 import time
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -29,17 +31,12 @@ from scalablevit import (  # noqa: E402
     ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
     scalablevit_tiny)
 
-matplotlib.use("Agg")                       # into files, not onto a screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-plt.rcParams["figure.dpi"] = 80
-
 DOCS = pathlib.Path(__file__).parent
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
 
 
 # ---------------------------------------------------------------------------- Figure 2
-def network(out):
+def network():
     """One column per stage: what is in it, in order, and the shapes that go in and come out."""
     with torch.device("meta"):
         model = scalablevit_s()
@@ -67,7 +64,7 @@ def network(out):
     axis.text(13.4, 4.85, "norm, mean\nover tokens,\nhead", ha="center", va="center")
     axis.set(xlim=(-2.2, 14.2), ylim=(0, 5.9))
     axis.axis("off")
-    save(figure, None, out / "network.png")
+    return figure
 
 
 # ---------------------------------------------------------------------------- Figures 1 and 7
@@ -111,6 +108,18 @@ def load(file):
     return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in model.config["pattern"]))
 
 
+@torch.no_grad()
+def block_outputs(model, images):
+    """What each block of the network makes of images (B, 3, H, W), first to last: a list of (B, H_i, W_i, C_i)."""
+    after = []
+    hooks = [block.register_forward_hook(lambda block, _, x: after.append(x))
+             for stage in model.stages for block in stage.blocks]
+    model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return after
+
+
 def border_step(tokens, M=7):
     """Mean step between neighbouring tokens (H, W, C) of two windows over that within one; nan without borders."""
     across, inside = [], []
@@ -122,7 +131,7 @@ def border_step(tokens, M=7):
     return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
 
 
-def maps(out, image=None, weights=None):
+def maps(image=None, weights=None):
     """After the 2nd, the 4th and the last block: the mean over channels of the size of the features."""
     if image is None:
         torch.manual_seed(3)
@@ -134,27 +143,21 @@ def maps(out, image=None, weights=None):
     rows = [load(file) for file in weights or map(trained, ("wsa", "iwsa", "ssa"))]
     figure, axes = plt.subplots(len(rows), 4, figsize=(9, 2.5 * len(rows)), squeeze=False)
     for row, (model, name) in zip(axes, rows):
-        after = []
-        blocks = [block for stage in model.stages for block in stage.blocks]
-        hooks = [block.register_forward_hook(lambda block, _, x: after.append(x[0])) for block in blocks]
-        with torch.no_grad():
-            model.forward_features(picture)
-        for hook in hooks:
-            hook.remove()
+        after = block_outputs(model, picture)
         shown = picture[0].permute(1, 2, 0)
         row[0].imshow(((shown - shown.min()) / (shown.max() - shown.min())).numpy())
         row[0].set_ylabel(name)
-        for axis, n in zip(row[1:], (2, 4, len(blocks))):
-            tokens = after[n - 1]                                                       # (H, W, C)
+        for axis, n in zip(row[1:], (2, 4, len(after))):
+            tokens = after[n - 1][0]                                                    # (H, W, C)
             ratio = border_step(tokens)
             axis.imshow(tokens.abs().mean(-1).numpy())
             step = "one window" if np.isnan(ratio) else f"border step x {ratio:.2f}"
             axis.set_title(f"block {n}: {step}", fontsize=9)
-    save(figure, axes, out / "maps.png")
+    return without_ticks(figure)
 
 
 # ---------------------------------------------------------------------------- receptive fields
-def field(out, side=28, dim=16):
+def field(side=28, dim=16):
     """log10 of the size of d(one output token)/d(input tokens) after 1, 2, 4 fresh blocks; the share that is not 0."""
     figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.2))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
@@ -172,7 +175,7 @@ def field(out, side=28, dim=16):
                 axis.axhline(border - 0.5, color="grey", linewidth=0.4)
                 axis.axvline(border - 0.5, color="grey", linewidth=0.4)
             axis.set_title(f"{name}, {n} block{'s' * (n > 1)}: {100 * (size > 0).double().mean():.0f} %", fontsize=9)
-    save(figure, axes, out / "field.png")
+    return without_ticks(figure)
 
 
 # ---------------------------------------------------------------------------- cost
@@ -191,7 +194,7 @@ def macs_by_part(model, side):
     return [n / 2e9 for n in (counter.get_total_flops() - both, both - ssa, ssa)]
 
 
-def cost(out, sides=(224, 448, 672, 896, 1120, 1344)):
+def cost(sides=(224, 448, 672, 896, 1120, 1344)):
     """MACs of one image by part, and one thread's time for one image with the tiny network."""
     with torch.device("meta"):
         model = scalablevit_s(num_classes=0)
@@ -218,26 +221,32 @@ def cost(out, sides=(224, 448, 672, 896, 1120, 1344)):
         axis.set_xticks(sides, map(str, sides))
         axis.minorticks_off()
         axis.legend(loc="upper left", title=f"pixels: x {(sides[-1] / sides[0]) ** 2:.0f}")
-    save(figure, None, out / "cost.png")
+    return figure
 
 
 # ---------------------------------------------------------------------------- a run
-def curves(out, log):
+def curves(log):
+    """Training loss, top-1 accuracy and learning rate, epoch by epoch, of a log.jsonl of train_minimal.py."""
     epochs = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
     for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "top-1, %", "learning rate")):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", markersize=3)
         axis.set(xlabel="epoch", title=label)
-    save(figure, None, out / "curves.png")
+    return figure
 
 
-def save(figure, pictures, file):
-    for axis in [] if pictures is None else pictures.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+def without_ticks(figure):
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def save(figure, file):
+    """As a PNG of 64 colours, which is a third as large."""
     figure.tight_layout()
-    figure.canvas.draw()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64).save(file, optimize=True)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80)
+    Image.open(png).convert("RGB").quantize(64).save(file, optimize=True)
     plt.close(figure)
     print(f"wrote {file}", flush=True)
 
@@ -250,15 +259,14 @@ def main():
     parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
-    make = {"network": lambda: network(args.out), "maps": lambda: maps(args.out, args.image, args.weights),
-            "field": lambda: field(args.out), "cost": lambda: cost(args.out),
-            "curves": lambda: curves(args.out, args.log)}
+    make = {"network": network, "maps": lambda: maps(args.image, args.weights), "field": field, "cost": cost,
+            "curves": lambda: curves(args.log)}
     for name in args.figures:
         if name not in make:
             parser.error(f"figures are {', '.join(make)}, got {name!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.figures or make:
-        make[name]()
+        save(make[name](), args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

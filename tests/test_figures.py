@@ -44,12 +44,11 @@ def test_every_picture_is_drawn(figures, tmp_path):
     assert [figures.load(file)[1] for file in weights] == ["WSA", "LEM & SSA", "SSA & IWSA"]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
-    figures.maps(tmp_path, weights=weights)
-    figures.network(tmp_path)
-    figures.field(tmp_path, side=21)
-    figures.cost(tmp_path, sides=(32, 64))
-    figures.curves(tmp_path, log)
-    assert {file.stem for file in tmp_path.glob("*.png")} == {"network", "maps", "field", "cost", "curves"}
+    pictures = {"maps": figures.maps(weights=weights), "network": figures.network(), "field": figures.field(side=21),
+                "cost": figures.cost(sides=(32, 64)), "curves": figures.curves(log)}
+    for name, figure in pictures.items():
+        figures.save(figure, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").exists()
 
 
 def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
@@ -80,9 +79,9 @@ def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     updates, train = [], figures.segmentation.train
     monkeypatch.setattr(figures.segmentation, "train", lambda model, steps: updates.append(steps) or train(model, 1))
-    figures.maps(tmp_path)
-    figures.maps(tmp_path)
-    assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3 and (tmp_path / "maps.png").exists()
+    figures.maps()
+    figures.maps()
+    assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3
 
 
 # ------------------------------------------------------------------------------------------------ ablation.py
