@@ -3,7 +3,6 @@
     python docs/figures.py                          all that follow; those of `maps` are of networks trained here
     python docs/figures.py maps --image FILE --weights FILE ...         feature maps (Figures 1 and 7), one row per file
     python docs/figures.py field                    the receptive field of a token
-    python docs/figures.py network                  the architecture (Figure 2), read off scalablevit_s
     python docs/figures.py cost                     cost against resolution
     python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
 
@@ -33,38 +32,6 @@ from scalablevit import (  # noqa: E402
 
 DOCS = pathlib.Path(__file__).parent
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
-
-
-# ---------------------------------------------------------------------------- Figure 2
-def network():
-    """One column per stage: what is in it, in order, and the shapes that go in and come out."""
-    with torch.device("meta"):
-        model = scalablevit_s()
-    figure, axis = plt.subplots(figsize=(11, 5.2))
-
-    def box(x, y, text, colour, height=0.7):
-        axis.add_patch(plt.Rectangle((x, y), 2.5, height, facecolor=colour, edgecolor="black", linewidth=0.8))
-        axis.text(x + 1.25, y + height / 2, text, ha="center", va="center", fontsize=8.5)
-
-    for i, stage in enumerate(model.stages):
-        x, (window, scaled), depth = 3.2 * i, (block.attn for block in stage.blocks[:2]), len(stage.blocks)
-        C, step = stage.embed.conv.out_channels, 4 * 2 ** i
-        kernel, stride = stage.embed.conv.kernel_size[0], stage.embed.conv.stride[0]
-        axis.text(x + 1.25, 5.45, f"stage {i + 1}: {depth} blocks", ha="center", weight="bold")
-        box(x, 4.5, f"PatchEmbed\n{kernel}x{kernel}, stride {stride}", "#dddddd")
-        box(x, 3.5, f"block 1: IWSA | MLP\n{window.window}x{window.window}, {window.heads} heads", "#b8d4f0")
-        box(x, 2.75, "PEG: + depthwise 3x3", "#f6e3a1", 0.45)
-        reduction = f"$r_n$ = 1/{scaled.s ** 2}, $r_c$ = {scaled.q.out_features / C:g}" if scaled.s > 1 else "$r_n$ = 1"
-        box(x, 1.75, f"block 2: SSA | MLP\n{reduction}", "#f4c2b0")
-        if depth > 2:
-            box(x, 0.75, f"blocks 3 to {depth}:\nIWSA and SSA in turn", "#eeeeee")
-        axis.text(x + 1.25, 0.2, f"map {i + 1}: {C} x H/{step} x W/{step}", ha="center", fontsize=8.5)
-        axis.annotate("", (x + 3.15, 4.85), (x + 2.55, 0.3), arrowprops={"arrowstyle": "->"})
-    axis.text(-1.3, 4.85, f"image\n{model.config['in_chans']} x H x W  →", ha="center", va="center")
-    axis.text(13.4, 4.85, "norm, mean\nover tokens,\nhead", ha="center", va="center")
-    axis.set(xlim=(-2.2, 14.2), ylim=(0, 5.9))
-    axis.axis("off")
-    return figure
 
 
 # ---------------------------------------------------------------------------- Figures 1 and 7
@@ -253,13 +220,13 @@ def save(figure, file):
 
 def main():
     parser = argparse.ArgumentParser(description="The pictures of docs/.")
-    parser.add_argument("figures", nargs="*", help="network, maps, field, cost, curves (default: all)")
+    parser.add_argument("figures", nargs="*", help="maps, field, cost, curves (default: all)")
     parser.add_argument("--image", help="for maps (default: drawn shapes)")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
     parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
-    make = {"network": network, "maps": lambda: maps(args.image, args.weights), "field": field, "cost": cost,
+    make = {"maps": lambda: maps(args.image, args.weights), "field": field, "cost": cost,
             "curves": lambda: curves(args.log)}
     for name in args.figures:
         if name not in make:

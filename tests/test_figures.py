@@ -3,6 +3,7 @@ import argparse
 import json
 import pathlib
 import sys
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import given, strategies as st
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
 
 import ablation
+import network
+import scalablevit
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
 from test_published import OFFICIAL
 
@@ -44,11 +47,30 @@ def test_every_picture_is_drawn(figures, tmp_path):
     assert [figures.load(file)[1] for file in weights] == ["WSA", "LEM & SSA", "SSA & IWSA"]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
-    pictures = {"maps": figures.maps(weights=weights), "network": figures.network(), "field": figures.field(side=21),
+    pictures = {"maps": figures.maps(weights=weights), "field": figures.field(side=21),
                 "cost": figures.cost(sides=(32, 64)), "curves": figures.curves(log)}
     for name, figure in pictures.items():
         figures.save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
+def test_the_network_is_drawn_with_the_shapes_of_its_layers(name):
+    """Those that layers put out on the meta device; in the first stage N x C is written "3136 × 64"."""
+    svg = xml.etree.ElementTree.fromstring(network.draw(name))
+    texts = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    with torch.device("meta"):
+        model, shapes = getattr(scalablevit, name)(), {}
+        for layer, module in model.named_modules():
+            module.register_forward_hook(lambda _, args, out, layer=layer: shapes.update({layer: out.shape}))
+        model(torch.empty(1, 3, 224, 224))
+    for i, stage in enumerate(model.stages):
+        _, H, W, C = shapes[f"stages.{i}"]
+        assert {f"stage {i + 1}: {len(stage.blocks)} blocks", f"H/{224 // H} × W/{224 // W} = {H} × {W}"} <= texts
+        assert f"C = {C}, {stage.blocks[0].attn.heads} heads" in texts
+    (_, H, W, scaled), (_, h, w, C) = (shapes[f"stages.0.blocks.1.attn.{layer}"] for layer in "qv")
+    assert {f"{H * W} × {C}", f"{H * W} × {scaled}", f"{h * w} × {scaled}", f"{h * w} × {C}", f"{H * W} × {h * w}",
+            f"{C} → {shapes['stages.0.blocks.0.mlp.fc1'][-1]} → {C}"} <= texts
 
 
 def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
