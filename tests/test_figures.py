@@ -2,6 +2,7 @@
 import argparse
 import json
 import pathlib
+import re
 import sys
 import xml.etree.ElementTree
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
 
 import ablation
 import network
@@ -47,8 +49,8 @@ def test_every_picture_is_drawn(figures, tmp_path):
     assert [figures.load(file)[1] for file in weights] == ["WSA", "LEM & SSA", "SSA & IWSA"]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
-    pictures = {"maps": figures.maps(weights=weights), "field": figures.field(side=21),
-                "cost": figures.cost(sides=(32, 64)), "curves": figures.curves(log)}
+    pictures = {"maps": figures.maps(weights=weights[:1]), "field": figures.field(side=21),
+                "cost": figures.cost(sides=(32, 64, 96, 128)), "curves": figures.curves(log)}
     for name, figure in pictures.items():
         figures.save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").exists()
@@ -98,12 +100,31 @@ def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
 
 
 def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
+    """On drawn shapes, or on a folder of images: three networks each, one update instead of all."""
     monkeypatch.chdir(tmp_path)
-    updates, train = [], figures.segmentation.train
-    monkeypatch.setattr(figures.segmentation, "train", lambda model, steps: updates.append(steps) or train(model, 1))
-    figures.maps()
-    figures.maps()
-    assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3
+    trained, train = [], figures.dense.train
+
+    def once(model, loss, batches, steps, *args):
+        trained.append(model)
+        return train(model, loss, batches, 1, *args)
+
+    monkeypatch.setattr(figures.dense, "train", once)
+    cat = figures.Image.open(DOCS / "cat.jpg").resize((112, 112))
+    for name in ("one", "two"):
+        (tmp_path / "photos/train" / name).mkdir(parents=True)
+        cat.save(tmp_path / "photos/train" / name / "cat.jpg")
+    for data in (None, None, tmp_path / "photos", tmp_path / "photos"):
+        figures.maps(tmp_path / "photos/train/one/cat.jpg", data=data)
+    assert len(trained) == 6 and len(list(tmp_path.rglob("*.pt"))) == 6
+
+
+# ------------------------------------------------------------------------------------------------ docs/README.md
+def test_every_picture_is_on_the_page():
+    page = (DOCS / "README.md").read_text(encoding="utf-8")
+    pictures = {file.name for pattern in ("*.png", "*.jpg", "*.svg") for file in DOCS.glob(pattern)}
+    assert pictures <= set(re.findall(r"\]\(([^)\s]+)\)", page))
+    for program in re.findall(r"python (\S+\.py)", page):
+        assert (DOCS.parent / program).is_file()
 
 
 # ------------------------------------------------------------------------------------------------ ablation.py
