@@ -122,7 +122,7 @@ def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatc
 def test_every_picture_is_on_the_page():
     page = (DOCS / "README.md").read_text(encoding="utf-8")
     pictures = {file.name for pattern in ("*.png", "*.jpg", "*.svg") for file in DOCS.glob(pattern)}
-    assert pictures <= set(re.findall(r"\]\(([^)\s]+)\)", page))
+    assert pictures <= set(re.findall(r"\]\((\S+\.(?:png|jpg|svg))\)", page))
     for program in re.findall(r"python (\S+\.py)", page):
         assert (DOCS.parent / program).is_file()
 
