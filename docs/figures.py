@@ -1,26 +1,32 @@
 """The pictures in this folder.  Needs matplotlib: pip install '.[figures]'
 
-    python docs/figures.py                          all that follow; those of `maps` are of networks trained here
-    python docs/figures.py maps --image FILE --weights FILE ...         feature maps (Figures 1 and 7), one row per file
+    python docs/figures.py                          all that follow
+    python docs/figures.py maps                     feature maps (Figures 1 and 7) of networks trained here, in minutes
+    python docs/figures.py maps --data DIR          trained on DIR/train/CLASS/*.jpg instead of drawn shapes
+    python docs/figures.py maps --image FILE --weights FILE ...         of other networks, one column per file
     python docs/figures.py field                    the receptive field of a token
-    python docs/figures.py network                  the architecture (Figure 2), read off scalablevit_s
     python docs/figures.py cost                     cost against resolution
-    python docs/figures.py curves --log runs/1/log.jsonl                the curves of a run of train_minimal.py
+    python docs/figures.py curves --log runs/tiny/log.jsonl             the curves of a run of train_minimal.py
 
-FILE is a checkpoint of train_minimal.py, a published model, or a plain state dict.  What "config" in it does not say is
-read off the parameters.  They do not tell SWSA from WSA, nor the size of windows: 7 is taken, not shifted.
+Each picture is a function that returns its figure: in a notebook, import figures and figures.field(); draw one.
+The files of --weights are checkpoints of train_minimal.py, published models, or plain state dicts.  What "config" in
+them does not say is read off the parameters: they do not tell SWSA from WSA, nor the size of windows, taken as 7.
 """
 import argparse
+import io
 import json
 import pathlib
 import sys
 import time
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
 import dense  # noqa: E402
@@ -29,59 +35,32 @@ from scalablevit import (  # noqa: E402
     ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
     scalablevit_tiny)
 
-matplotlib.use("Agg")                       # into files, not onto a screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-plt.rcParams["figure.dpi"] = 80
-
 DOCS = pathlib.Path(__file__).parent
+TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+             v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa": "SSA"}
 
 
-# ---------------------------------------------------------------------------- Figure 2
-def network(out):
-    """One column per stage: what is in it, in order, and the shapes that go in and come out."""
-    with torch.device("meta"):
-        model = scalablevit_s()
-    figure, axis = plt.subplots(figsize=(11, 5.2))
-
-    def box(x, y, text, colour, height=0.7):
-        axis.add_patch(plt.Rectangle((x, y), 2.5, height, facecolor=colour, edgecolor="black", linewidth=0.8))
-        axis.text(x + 1.25, y + height / 2, text, ha="center", va="center", fontsize=8.5)
-
-    for i, stage in enumerate(model.stages):
-        x, (window, scaled), depth = 3.2 * i, (block.attn for block in stage.blocks[:2]), len(stage.blocks)
-        C, step = stage.embed.conv.out_channels, 4 * 2 ** i
-        kernel, stride = stage.embed.conv.kernel_size[0], stage.embed.conv.stride[0]
-        axis.text(x + 1.25, 5.45, f"stage {i + 1}: {depth} blocks", ha="center", weight="bold")
-        box(x, 4.5, f"PatchEmbed\n{kernel}x{kernel}, stride {stride}", "#dddddd")
-        box(x, 3.5, f"block 1: IWSA | MLP\n{window.window}x{window.window}, {window.heads} heads", "#b8d4f0")
-        box(x, 2.75, "PEG: + depthwise 3x3", "#f6e3a1", 0.45)
-        reduction = f"$r_n$ = 1/{scaled.s ** 2}, $r_c$ = {scaled.q.out_features / C:g}" if scaled.s > 1 else "$r_n$ = 1"
-        box(x, 1.75, f"block 2: SSA | MLP\n{reduction}", "#f4c2b0")
-        if depth > 2:
-            box(x, 0.75, f"blocks 3 to {depth}:\nIWSA and SSA in turn", "#eeeeee")
-        axis.text(x + 1.25, 0.2, f"map {i + 1}: {C} x H/{step} x W/{step}", ha="center", fontsize=8.5)
-        axis.annotate("", (x + 3.15, 4.85), (x + 2.55, 0.3), arrowprops={"arrowstyle": "->"})
-    axis.text(-1.3, 4.85, f"image\n{model.config['in_chans']} x H x W  →", ha="center", va="center")
-    axis.text(13.4, 4.85, "norm, mean\nover tokens,\nhead", ha="center", va="center")
-    axis.set(xlim=(-2.2, 14.2), ylim=(0, 5.9))
-    axis.axis("off")
-    save(figure, None, out / "network.png")
-
-
 # ---------------------------------------------------------------------------- Figures 1 and 7
-def trained(kind, folder=pathlib.Path("runs/figures"), steps=300):
-    """A tiny network with one kind of attention, trained as a segmenter of drawn shapes; kept in folder."""
-    file = folder / f"{kind}.pt"
+def trained(kind, data=None, steps=1200, folder=pathlib.Path("runs/figures")):
+    """-> the file in `folder` with a tiny network that has one kind of attention; it is trained if it is not there.
+
+    It learns the classes of data/train/CLASS/*.jpg or, without data, to segment drawn shapes.
+    """
+    file = folder / f"{kind}-{data.name if data else 'drawn'}-{steps}.pt"
     if not file.exists():
         print(f"training {NAMES[kind]} for {file}", flush=True)
         torch.manual_seed(0)
-        model = segmentation.SemanticFPN(scalablevit_tiny(num_classes=0, pattern=(kind, kind)), 4, 64, 32)
-        segmentation.train(model, steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.backbone.state_dict(), file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        if data:
+            augment = [v2.RandomResizedCrop(112, (0.25, 1)), v2.RandomHorizontalFlip()]
+            images = datasets.ImageFolder(data / "train", v2.Compose(augment + TO_TENSOR))
+            network = scalablevit_tiny(num_classes=len(images.classes), pattern=(kind, kind)).to(dense.DEVICE)
+            dense.train(network, lambda model, x, y: F.cross_entropy(model(x.to(dense.DEVICE)), y.to(dense.DEVICE)),
+                        dense.batches(images, 32), steps, dense.polynomial(steps, 0.9), 1e-3, 0.05)
+        else:
+            network = scalablevit_tiny(num_classes=0, pattern=(kind, kind)).to(dense.DEVICE)
+            segmentation.train(segmentation.SemanticFPN(network, 4, 64, 32).to(dense.DEVICE), steps)
+        dense.save(network, file)
     return file
 
 
@@ -111,6 +90,18 @@ def load(file):
     return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in model.config["pattern"]))
 
 
+@torch.no_grad()
+def block_outputs(model, images):
+    """What each block of the network makes of images (B, 3, H, W), first to last: a list of (B, H_i, W_i, C_i)."""
+    after = []
+    hooks = [block.register_forward_hook(lambda block, _, x: after.append(x))
+             for stage in model.stages for block in stage.blocks]
+    model.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return after
+
+
 def border_step(tokens, M=7):
     """Mean step between neighbouring tokens (H, W, C) of two windows over that within one; nan without borders."""
     across, inside = [], []
@@ -122,41 +113,35 @@ def border_step(tokens, M=7):
     return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
 
 
-def maps(out, image=None, weights=None):
-    """After the 2nd, the 4th and the last block: the mean over channels of the size of the features."""
-    if image is None:
-        torch.manual_seed(3)
-        picture = dense.draw(1, 224)[0]
-    else:
-        rgb = np.array(Image.open(image).convert("RGB"), dtype=np.float32) / 255
-        picture = ((torch.from_numpy(rgb) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
-        picture = picture.permute(2, 0, 1)[None]
-    rows = [load(file) for file in weights or map(trained, ("wsa", "iwsa", "ssa"))]
-    figure, axes = plt.subplots(len(rows), 4, figsize=(9, 2.5 * len(rows)), squeeze=False)
-    for row, (model, name) in zip(axes, rows):
-        after = []
-        blocks = [block for stage in model.stages for block in stage.blocks]
-        hooks = [block.register_forward_hook(lambda block, _, x: after.append(x[0])) for block in blocks]
-        with torch.no_grad():
-            model.forward_features(picture)
-        for hook in hooks:
-            hook.remove()
-        shown = picture[0].permute(1, 2, 0)
-        row[0].imshow(((shown - shown.min()) / (shown.max() - shown.min())).numpy())
-        row[0].set_ylabel(name)
-        for axis, n in zip(row[1:], (2, 4, len(blocks))):
-            tokens = after[n - 1]                                                       # (H, W, C)
-            ratio = border_step(tokens)
+def maps(image=DOCS / "cat.jpg", weights=None, data=None):
+    """After the 2nd, the 4th and the last block: the mean over channels of the size of the features.
+
+    Beside them stands the image with the borders of windows; below each map, its border step.
+    """
+    picture = Image.open(image).convert("RGB")
+    networks = [load(file) for file in weights or [trained(kind, data) for kind in ("wsa", "iwsa", "ssa")]]
+    figure, axes = plt.subplots(3, 1 + len(networks), figsize=(2.75 * (1 + len(networks)), 8.8))
+    for column, (model, name) in zip(axes.T[1:], networks):
+        after = block_outputs(model, v2.Compose(TO_TENSOR)(picture)[None])
+        for axis, beside, n in zip(column, axes[:, 0], (2, 4, len(after))):
+            tokens, M = after[n - 1][0], model.config["window"]                         # (H, W, C)
+            ratio = border_step(tokens, M)
             axis.imshow(tokens.abs().mean(-1).numpy())
-            step = "one window" if np.isnan(ratio) else f"border step x {ratio:.2f}"
-            axis.set_title(f"block {n}: {step}", fontsize=9)
-    save(figure, axes, out / "maps.png")
+            axis.set_xlabel("one window" if np.isnan(ratio) else f"step across borders × {ratio:.2f}")
+            H, W = tokens.shape[:2]
+            beside.imshow(picture, extent=(0, W, H, 0))
+            beside.set_xlabel(f"block {n}: {H} × {W} tokens")
+            for border in range(M, max(H, W), M):
+                beside.axhline(border, color="white", linewidth=0.5)
+                beside.axvline(border, color="white", linewidth=0.5)
+        column[0].set_title(name, weight="bold")
+    return without_ticks(figure)
 
 
 # ---------------------------------------------------------------------------- receptive fields
-def field(out, side=28, dim=16):
-    """log10 of the size of d(one output token)/d(input tokens) after 1, 2, 4 fresh blocks; the share that is not 0."""
-    figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.2))
+def field(side=28, dim=16):
+    """The size of d(one output token)/d(input tokens) after 1, 2, 4 fresh blocks, and the share that is not 0."""
+    figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.6))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
             torch.manual_seed(0)
@@ -165,14 +150,19 @@ def field(out, side=28, dim=16):
             net = torch.nn.Sequential(*(Block(attn, dim, 4, 0) for attn in attentions)).apply(init_weights).double()
             x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
             net(x)[0, 14, 17].square().sum().backward()             # a token in the first row of its window
-            size = x.grad[0].norm(dim=-1)
-            axis.imshow(torch.where(size > 0, size / size.max(), torch.nan).log10().numpy(), vmin=-6, vmax=0)
-            axis.plot(17, 14, "r+", markersize=6)
+            size = x.grad[0].norm(dim=-1)                           # (side, side)
+            shown = torch.where(size > 0, size / size.max(), torch.nan).log10().clamp(min=-7)
+            axis.imshow(shown.numpy(), cmap="Blues", vmin=-9, vmax=0)
+            axis.plot(17, 14, "r+", markersize=8, markeredgewidth=2)
             for border in range(7, side, 7):
                 axis.axhline(border - 0.5, color="grey", linewidth=0.4)
                 axis.axvline(border - 0.5, color="grey", linewidth=0.4)
-            axis.set_title(f"{name}, {n} block{'s' * (n > 1)}: {100 * (size > 0).double().mean():.0f} %", fontsize=9)
-    save(figure, axes, out / "field.png")
+            axis.set_xlabel(f"{100 * (size > 0).double().mean():.0f} % of the map")
+        column[0].set_title(name, weight="bold")
+    for axis, blocks in zip(axes[:, 0], ("1 block", "2 blocks", "4 blocks")):
+        axis.set_ylabel(f"after {blocks}")
+    figure.suptitle("What one token (red) depends on: white not at all, pale weakly, dark strongly")
+    return without_ticks(figure)
 
 
 # ---------------------------------------------------------------------------- cost
@@ -191,7 +181,7 @@ def macs_by_part(model, side):
     return [n / 2e9 for n in (counter.get_total_flops() - both, both - ssa, ssa)]
 
 
-def cost(out, sides=(224, 448, 672, 896, 1120, 1344)):
+def cost(sides=(224, 336, 448, 672, 896, 1344)):
     """MACs of one image by part, and one thread's time for one image with the tiny network."""
     with torch.device("meta"):
         model = scalablevit_s(num_classes=0)
@@ -207,58 +197,70 @@ def cost(out, sides=(224, 448, 672, 896, 1120, 1344)):
                 runs.append(time.process_time() - began)
             seconds.append(min(runs))
     torch.set_num_threads(threads)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name, values in zip(("convolutions and linears", "QKᵀ and AV of IWSA", "QKᵀ and AV of SSA"), parts):
-        left.loglog(sides, values, "o-", label=f"{name}: x {values[-1] / values[0]:.0f}")
-    left.set(xlabel="side of the image, pixels", ylabel="G multiply-accumulates", title="scalablevit_s")
-    right.loglog(sides, seconds, "o-", label=f"CPU time: x {seconds[-1] / seconds[0]:.0f}")
-    right.set(xlabel="side of the image, pixels", ylabel="seconds", title="scalablevit_tiny, measured")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2))
+    for name, values, i, align, offset in zip(
+            ("convolutions and\nlinear layers", "QKᵀ and AV of IWSA", "QKᵀ and AV of SSA"), parts, (2, 3, 3),
+            ("right", "left", "left"), ((-6, 8), (-10, -18), (12, -6))):
+        line, = left.loglog(sides, values, "o-")
+        left.annotate(f"{name}: × {values[-1] / values[0]:.0f}", (sides[i], values[i]), offset, ha=align,
+                      color=line.get_color(), textcoords="offset points")
+    left.set(ylabel="G multiply-accumulates", title="ScalableViT-S: SSA's attention grows with the pixels squared")
+    right.loglog(sides, seconds, "o-", label=f"measured: × {seconds[-1] / seconds[0]:.0f}")
+    pixels = (np.array(sides) / sides[0]) ** 2
+    right.loglog(sides, seconds[0] * pixels, "--", color="grey", label=f"with the pixels: × {pixels[-1]:.0f}")
+    right.set(ylabel="seconds on one CPU thread", title="scalablevit_tiny: time outgrows the pixels")
+    right.legend(frameon=False)
     for axis in (left, right):
-        axis.set_ylim(top=20 * axis.get_ylim()[1])                  # room for the legend
+        axis.set_xlabel("side of the image, pixels")
         axis.set_xticks(sides, map(str, sides))
         axis.minorticks_off()
-        axis.legend(loc="upper left", title=f"pixels: x {(sides[-1] / sides[0]) ** 2:.0f}")
-    save(figure, None, out / "cost.png")
+    return figure
 
 
 # ---------------------------------------------------------------------------- a run
-def curves(out, log):
+def curves(log):
+    """Training loss, top-1 accuracy and learning rate, epoch by epoch, of a log.jsonl of train_minimal.py."""
     epochs = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
     for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "top-1, %", "learning rate")):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", markersize=3)
         axis.set(xlabel="epoch", title=label)
-    save(figure, None, out / "curves.png")
+    return figure
 
 
-def save(figure, pictures, file):
-    for axis in [] if pictures is None else pictures.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+def without_ticks(figure):
+    for axis in figure.axes:
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def save(figure, file):
+    """As a PNG of 256 colours, which is a third as large."""
     figure.tight_layout()
-    figure.canvas.draw()
-    Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB").quantize(64).save(file, optimize=True)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80)
+    Image.open(png).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
     plt.close(figure)
     print(f"wrote {file}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="The pictures of docs/.")
-    parser.add_argument("figures", nargs="*", help="network, maps, field, cost, curves (default: all)")
-    parser.add_argument("--image", help="for maps (default: drawn shapes)")
+    parser.add_argument("figures", nargs="*", help="maps, field, cost, curves (default: all)")
+    parser.add_argument("--image", default=DOCS / "cat.jpg", help="for maps (default: docs/cat.jpg)")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
-    parser.add_argument("--log", default="runs/1/log.jsonl", help="for curves (default: %(default)s)")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="to train them on (default: drawn shapes)")
+    parser.add_argument("--log", default="runs/tiny/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
-    make = {"network": lambda: network(args.out), "maps": lambda: maps(args.out, args.image, args.weights),
-            "field": lambda: field(args.out), "cost": lambda: cost(args.out),
-            "curves": lambda: curves(args.out, args.log)}
+    make = {"maps": lambda: maps(args.image, args.weights, args.data), "field": field, "cost": cost,
+            "curves": lambda: curves(args.log)}
     for name in args.figures:
         if name not in make:
             parser.error(f"figures are {', '.join(make)}, got {name!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.figures or make:
-        make[name]()
+        save(make[name](), args.out / f"{name}.png")
 
 
 if __name__ == "__main__":

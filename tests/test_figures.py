@@ -2,15 +2,20 @@
 import argparse
 import json
 import pathlib
+import re
 import sys
+import xml.etree.ElementTree
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
 
 import ablation
+import network
+import scalablevit
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
 from test_published import OFFICIAL
 
@@ -44,12 +49,30 @@ def test_every_picture_is_drawn(figures, tmp_path):
     assert [figures.load(file)[1] for file in weights] == ["WSA", "LEM & SSA", "SSA & IWSA"]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"epoch": e, "loss": 1 / e, "top1": e, "lr": e}) + "\n" for e in (1, 2)))
-    figures.maps(tmp_path, weights=weights)
-    figures.network(tmp_path)
-    figures.field(tmp_path, side=21)
-    figures.cost(tmp_path, sides=(32, 64))
-    figures.curves(tmp_path, log)
-    assert {file.stem for file in tmp_path.glob("*.png")} == {"network", "maps", "field", "cost", "curves"}
+    pictures = {"maps": figures.maps(weights=weights[:1]), "field": figures.field(side=21),
+                "cost": figures.cost(sides=(32, 64, 96, 128)), "curves": figures.curves(log)}
+    for name, figure in pictures.items():
+        figures.save(figure, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
+def test_the_network_is_drawn_with_the_shapes_of_its_layers(name):
+    """Those that layers put out on the meta device; in the first stage N x C is written "3136 × 64"."""
+    svg = xml.etree.ElementTree.fromstring(network.draw(name))
+    texts = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    with torch.device("meta"):
+        model, shapes = getattr(scalablevit, name)(), {}
+        for layer, module in model.named_modules():
+            module.register_forward_hook(lambda _, args, out, layer=layer: shapes.update({layer: out.shape}))
+        model(torch.empty(1, 3, 224, 224))
+    for i, stage in enumerate(model.stages):
+        _, H, W, C = shapes[f"stages.{i}"]
+        assert {f"stage {i + 1}: {len(stage.blocks)} blocks", f"H/{224 // H} × W/{224 // W} = {H} × {W}"} <= texts
+        assert f"C = {C}, {stage.blocks[0].attn.heads} heads" in texts
+    (_, H, W, scaled), (_, h, w, C) = (shapes[f"stages.0.blocks.1.attn.{layer}"] for layer in "qv")
+    assert {f"{H * W} × {C}", f"{H * W} × {scaled}", f"{h * w} × {scaled}", f"{h * w} × {C}", f"{H * W} × {h * w}",
+            f"{C} → {shapes['stages.0.blocks.0.mlp.fc1'][-1]} → {C}"} <= texts
 
 
 def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
@@ -77,12 +100,31 @@ def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
 
 
 def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
+    """On drawn shapes, or on a folder of images: three networks each, one update instead of all."""
     monkeypatch.chdir(tmp_path)
-    updates, train = [], figures.segmentation.train
-    monkeypatch.setattr(figures.segmentation, "train", lambda model, steps: updates.append(steps) or train(model, 1))
-    figures.maps(tmp_path)
-    figures.maps(tmp_path)
-    assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3 and (tmp_path / "maps.png").exists()
+    trained, train = [], figures.dense.train
+
+    def once(model, loss, batches, steps, *args):
+        trained.append(model)
+        return train(model, loss, batches, 1, *args)
+
+    monkeypatch.setattr(figures.dense, "train", once)
+    cat = figures.Image.open(DOCS / "cat.jpg").resize((112, 112))
+    for name in ("one", "two"):
+        (tmp_path / "photos/train" / name).mkdir(parents=True)
+        cat.save(tmp_path / "photos/train" / name / "cat.jpg")
+    for data in (None, None, tmp_path / "photos", tmp_path / "photos"):
+        figures.maps(tmp_path / "photos/train/one/cat.jpg", data=data)
+    assert len(trained) == 6 and len(list(tmp_path.rglob("*.pt"))) == 6
+
+
+# ------------------------------------------------------------------------------------------------ docs/README.md
+def test_every_picture_is_on_the_page():
+    page = (DOCS / "README.md").read_text(encoding="utf-8")
+    pictures = {file.name for pattern in ("*.png", "*.jpg", "*.svg") for file in DOCS.glob(pattern)}
+    assert pictures <= set(re.findall(r"\]\((\S+\.(?:png|jpg|svg))\)", page))
+    for program in re.findall(r"python (\S+\.py)", page):
+        assert (DOCS.parent / program).is_file()
 
 
 # ------------------------------------------------------------------------------------------------ ablation.py
