@@ -1,4 +1,4 @@
-"""The README: its Python runs, its command lines fit the programs, its names, numbers and links are right."""
+"""The pages: their Python runs, command lines fit the programs, names, numbers and links are right."""
 import inspect
 import pathlib
 import re
@@ -13,7 +13,9 @@ import scalablevit
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES
+          for block in re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)]
 TABLES = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
           for table in re.findall(r"(?:^\|.*\|$\n?)+", README, re.MULTILINE)]           # rows of cells
 OPTIONAL = {"scalablevit_kernels", "torchvision", "matplotlib", "torchmetrics", "pycocotools", "onnx", "onnxruntime",
@@ -95,11 +97,16 @@ def test_the_numbers_are_those_of_the_models(name):
             assert [f"{c:.{len(decimals)}f}" in row for c in costs] == [True, True]
 
 
-def test_links_lead_somewhere():
-    """To files that are here, and to headings of the README itself."""
-    headings = re.findall(r"^#+ (.*)", README, re.MULTILINE)
-    headings = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+def headings(page):
+    found = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To files that are here, and to headings of the pages."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" not in target:
             file, _, place = target.partition("#")
-            assert (ROOT / file).exists() and (file or place in headings), target
+            linked = page.parent / file if file else page
+            assert linked.exists() and (not place or place in headings(linked)), target
