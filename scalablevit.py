@@ -1,13 +1,13 @@
-"""ScalableViT in one file, to be read beside the paper.
+"""ScalableViT in one file, to be read alongside the paper.
 
     ScalableViT: Rethinking the Context-oriented Generalization of Vision Transformer
     Rui Yang, Hailong Ma, Jie Wu, Yansong Tang, Xuefeng Xiao, Min Zheng, Xiu Li.  ECCV 2022.
 
-In its order: patch embedding (3.1), SSA (3.2), window attention and LIM (3.3), PEG (3.4), the network (3.5, Table 1).
-Tokens are (B, H, W, C) from the first patch embedding to the head: batch, rows, columns, channels; N = H W.
+The file follows the paper's order: patch embedding (Section 3.1), SSA (3.2), window attention and LIM (3.3), PEG (3.4)
+and the network (3.5, Table 1).  Tokens have shape (B, H, W, C) throughout: batch, rows, columns, channels; N = H W.
 
-    M   side of a window (7)             r_n   SSA's spatial scale: N_rn = N r_n keys
-    d   channels of one head             r_c   SSA's channel scale: C' = int(C r_c)
+    M   window size (7 x 7 tokens)       r_n   SSA's spatial scale: N_rn = N r_n keys and values
+    d   channels per head                r_c   SSA's channel scale: C' = int(C r_c)
 """
 import argparse
 import math
@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def convolve(conv, x):
-    """conv, which takes (B, C, H, W), of tokens (B, H, W, C).  Permuting makes views: nothing is copied."""
+    """Apply a convolution, which expects (B, C, H, W), to tokens (B, H, W, C).  `permute` returns views: no copies."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def depthwise(dim, kernel_size=3):
-    """A depthwise convolution, one filter per channel; zero padding keeps the size.  LIM, LEM and PEG are each one."""
+    """Depthwise convolution (one filter per channel), zero-padded to keep the size: used for LIM, LEM and PEG."""
     return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
 
@@ -36,7 +36,7 @@ def depthwise(dim, kernel_size=3):
 class PatchEmbed(nn.Module):
     """Convolutional patch embedding (Section 3.1): (B, H, W, C_in) -> (B, ceil(H/stride), ceil(W/stride), C).
 
-    7x7 with stride 4 before the first stage, 3x3 with stride 2 between stages; LayerNorm follows.
+    A strided convolution (7x7, stride 4 in the first stage; 3x3, stride 2 in the others), then LayerNorm.
     """
 
     def __init__(self, in_dim, dim, kernel_size, stride):
@@ -50,9 +50,9 @@ class PatchEmbed(nn.Module):
 
 # ---------------------------------------------------------------------------- 3.2 Scalable Self-Attention
 def attention(q, k, v, scale, mask=None):
-    """Softmax(Q K^T · scale) V, equation (1) with scale = 1/sqrt(d): q (…, n, d), k (…, m, d), v (…, m, d_v).
+    """Softmax(Q K^T · scale) V; equation (1) has scale = 1/sqrt(d).  q (…, n, d), k (…, m, d), v (…, m, d_v).
 
-    mask (…, n or 1, m) is True where a query may see a key.  Returns (…, n, d_v).
+    mask (…, n or 1, m) is True where a query may attend to a key.  Returns (…, n, d_v).
     """
     scores = (q * scale) @ k.transpose(-2, -1)                                          # (…, n, m)
     if mask is not None:
@@ -61,23 +61,24 @@ def attention(q, k, v, scale, mask=None):
 
 
 class SSA(nn.Module):
-    """Scalable (multi-head) Self-Attention, Section 3.2: every token attends to a map scaled by r_n and r_c.
+    """Scalable Self-Attention (Section 3.2): every token attends to a copy of the map scaled by r_n and r_c.
 
     Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
 
-    Why r_n: neighbouring tokens say much the same, one patch of sky what the next one says.  One key and one value for
-    each cell of s x s tokens, r_n = 1/s², keep attention global at a fraction of its cost.  Deeper stages have fewer
-    and less redundant tokens, so r_n grows to 1.
-    Why r_c: the number of channels in which Q and K compare tokens need not follow from the input.  With more of them,
-    r_c > 1 (S, B), they make up for the detail that cells lose; L has many to begin with and saves cost, r_c < 1.
+    Why r_n: neighboring tokens are redundant; one patch of sky looks like the next.  With one key and one value per
+    s x s cell of tokens (r_n = 1/s²), attention stays global at a fraction of the cost.  Deeper stages have fewer and
+    less redundant tokens, so r_n grows to 1.
+    Why r_c: Q and K need not be as wide as the input.  Extra channels (r_c > 1 in S and B) compensate for the detail
+    lost by merging tokens into cells; L is wide already and uses r_c < 1 to save cost.
 
-    f_k and f_v share one reduction, a depthwise s x s convolution of stride s and a 1x1 convolution to C' channels,
-    LayerNorm and GELU; a linear layer each follows.  (The paper prints f_v(V); its text and code take X.)  Zeros right
-    and bottom fill up cells.  With r_n = 1, as published, C' = C and r_c is left in the scale of (2) alone.
+    f_k and f_v share one reduction: a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
+    LayerNorm, GELU.  Each then has its own linear layer.  (The paper prints f_v(V); its text and code use X.)  Zeros
+    on the right and bottom complete the last cells.  As in the published code, r_n = 1 means no reduction and C' = C;
+    r_c then only affects the scale in (2).
 
-    Cost of (2): N N_rn (C + C').  The paper calls this linear in N, as it is for a fixed N_rn; with Table 1's fixed
-    ratio it is r_n N² (C + C'), quadratic with a small constant.
+    Cost of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
+    ratio r_n of Table 1 it is r_n N² (C + C'): quadratic with a small constant.
     """
 
     def __init__(self, dim, heads, rc=1.0, rn=1.0):
@@ -89,7 +90,7 @@ class SSA(nn.Module):
         if self.s > 1:
             self.reduce = nn.Sequential(nn.Conv2d(dim, dim, self.s, stride=self.s, groups=dim),
                                         nn.Conv2d(dim, scaled, kernel_size=1))
-            self.norm = nn.LayerNorm(scaled)           # the one LayerNorm with PyTorch's eps of 1e-5, as published
+            self.norm = nn.LayerNorm(scaled)           # eps 1e-5, as published; all other LayerNorms use 1e-6
         self.k = nn.Linear(scaled, scaled)
         self.v = nn.Linear(scaled, dim)
         self.proj = nn.Linear(dim, dim)
@@ -109,7 +110,7 @@ class SSA(nn.Module):
 
 # ---------------------------------------------------------------------------- 3.3 Interactive window-based attention
 def window_partition(qkv, heads, M):
-    """Cut (B, H, W, 3C) into M x M windows, zeros beyond the right and bottom border: (3, B·windows, heads, M², d)."""
+    """Split (B, H, W, 3C), zero-padded right and bottom, into M x M windows: (3, B·windows, heads, M², d)."""
     H, W = qkv.shape[1:3]
     qkv = F.pad(qkv, (0, 0, 0, -W % M, 0, -H % M))                                      # (B, h·M, w·M, 3C)
     qkv = qkv.unflatten(3, (3, heads, -1)).unflatten(2, (-1, M)).unflatten(1, (-1, M))  # (B, h, M, w, M, 3, heads, d)
@@ -118,19 +119,19 @@ def window_partition(qkv, heads, M):
 
 
 def window_merge(z, H, W, M):
-    """Put windows (B·windows, heads, M², d) back in place and cut off what is beyond the border: (B, H, W, C)."""
+    """Undo the partition: windows (B·windows, heads, M², d) -> map (B, H, W, C), with the padding cropped."""
     z = z.unflatten(2, (M, M)).unflatten(0, (-1, -(-H // M), -(-W // M)))               # (B, h, w, heads, M, M, d)
     z = z.permute(0, 1, 4, 2, 5, 3, 6)                                                  # (B, h, M, w, M, heads, d)
     return z.flatten(5, 6).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
 class WSA(nn.Module):
-    """Window-based Self-Attention: every M x M window attends within itself.
+    """Window-based Self-Attention: tokens attend only within their own M x M window.
 
     Z_n = Softmax(Q_n K_n^T / sqrt(d_k)) V_n                                                (4)
 
-    A window that the border cuts attends over its real tokens only, as if that smaller window stood alone.
-    Cost of (4): 2 M² N C, linear in N.  The three classes below differ from this one in one thing each.
+    Padding is masked, so a window cut off by the map's border attends over its real tokens only.
+    Cost of (4): 2 M² N C, linear in N.  Each of the three classes below changes one thing.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -143,20 +144,20 @@ class WSA(nn.Module):
         return self.proj(self.attend(self.qkv(x)))
 
     def attend(self, qkv, top=0, left=0):
-        """Z (B, H, W, C), the Z_n of (4) merged; of qkv (B, H, W, 3C) `top` rows and `left` columns are padding."""
+        """qkv (B, H, W, 3C) -> the merged Z_n of (4), (B, H, W, C).  The first top rows, left columns are padding."""
         B, H, W, _ = qkv.shape
-        M = min(self.window, max(H, W))                             # not larger than the map
+        M = min(self.window, max(H, W))                             # no larger than the map
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
-        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))    # padding is not to be seen
+        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))    # 1 for tokens, 0 for padding
         mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                    # (B·windows, 1, 1, M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
         return window_merge(z, H, W, M)
 
 
 class SWSA(WSA):
-    """WSA on windows that are shifted by half a window, as in Swin (Table 5(a)).
+    """WSA with windows shifted by half a window, as in Swin (Table 5(a)).
 
-    Padding at the top and on the left moves the grid of windows, unless one window spans the whole axis.
+    Padding the top and left shifts the grid of windows; an axis that fits in one window is not shifted.
     """
 
     def forward(self, x):
@@ -166,9 +167,9 @@ class SWSA(WSA):
 
 
 class LEM(WSA):
-    """WSA with a Local Enhanced Module (Section 3.3, Table 7): F is applied to each window's V_n on its own.
+    """WSA with the Local Enhanced Module (Section 3.3, Table 7): Z'_n = Z_n + F(V_n), window by window.
 
-    Z'_n = Z_n + F(V_n): the convolution pads with zeros at every window's border and crosses none.
+    The depthwise convolution F zero-pads every window, so no information crosses window borders.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -189,7 +190,7 @@ class IWSA(WSA):
 
     Z' = Z + F(V)                                                                           (5)
 
-    F, a depthwise convolution of the re-merged value map V, links neighbouring windows; it pads the map's border alone.
+    F is a depthwise convolution over the whole (re-merged) value map V, so it connects neighboring windows.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -198,17 +199,17 @@ class IWSA(WSA):
 
     def forward(self, x):
         qkv = self.qkv(x)                                                               # (B, H, W, 3C)
-        v = qkv.chunk(3, dim=-1)[2]                                                     # V (B, H, W, C), not yet cut
+        v = qkv.chunk(3, dim=-1)[2]                                                     # V (B, H, W, C), the whole map
         return self.proj(self.attend(qkv) + convolve(self.lim, v))                      # (5)
 
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position encoding generator (Section 3.4): x + depthwise convolution, whose zero padding tells positions."""
+    """Position Encoding Generator (Section 3.4): x + DWConv(x).  The zero padding gives away absolute positions."""
 
     def __init__(self, dim):
         super().__init__()
-        self.conv = depthwise(dim)              # learned, as published; the paper speaks of fixed weights
+        self.conv = depthwise(dim)              # learned, as in the published code; the paper says fixed weights
 
     def forward(self, x):
         return x + convolve(self.conv, x)
@@ -216,7 +217,7 @@ class PEG(nn.Module):
 
 # ---------------------------------------------------------------------------- 3.5 Architecture variants
 class Block(nn.Module):
-    """A pre-norm Transformer block around one of the attentions above: (B, H, W, C) -> (B, H, W, C)."""
+    """Pre-norm Transformer block with one of the attention modules above: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, attn, dim, mlp_ratio, drop_path_rate):
         super().__init__()
@@ -228,7 +229,7 @@ class Block(nn.Module):
         self.drop_path_rate = drop_path_rate
 
     def drop_path(self, x):
-        """Stochastic depth: in training, a sample's residual branch is left out with probability drop_path_rate."""
+        """Stochastic depth: in training, drop each sample's residual branch with probability drop_path_rate."""
         if not self.training or self.drop_path_rate == 0:
             return x
         keep = 1 - self.drop_path_rate
@@ -240,7 +241,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, the first block, PEG, the other blocks (Figure 2)."""
+    """Patch embedding, first block, PEG, remaining blocks (Figure 2)."""
 
     def __init__(self, embed, blocks, peg):
         super().__init__()
@@ -264,16 +265,16 @@ ATTENTION = {"wsa": WSA, "swsa": SWSA, "lem": LEM, "iwsa": IWSA, "ssa": SSA}
 class ScalableViT(nn.Module):
     """The network (Section 3.5, Table 1): images (B, in_chans, H, W) of any size -> logits (B, num_classes).
 
-    num_classes     0: no classifier, the pooled features (B, C of the last stage) come out
-    dim             channels C of the first stage; they double from stage to stage
-    depths, heads, rc, rn   one entry per stage, as in Table 1: blocks, heads, and SSA's two scales
-    window, mlp_ratio       M, the side of a window in tokens; hidden channels of the MLP over C
-    drop_path_rate  stochastic depth, rising linearly from 0 at the first block to this at the last
+    num_classes     0 for no classifier: the output is the pooled features (B, C of the last stage)
+    dim             channels C of the first stage; they double with each stage
+    depths, heads, rc, rn   per stage, as in Table 1: number of blocks, number of heads, SSA's r_c and r_n
+    window, mlp_ratio       window size M in tokens; hidden width of the MLP as a multiple of C
+    drop_path_rate  stochastic depth rate of the last block, rising linearly from 0 at the first
     peg             whether a PEG follows the first block of each stage (Table 5(b))
-    pattern         two kinds of attention that take turns over a stage; with `peg` and `rc`: Tables 5(a), 5(b), 7
-    head_hidden     width of the two-layer head that the published models have; None: a single linear layer
+    pattern         the two kinds of attention that alternate in each stage (Tables 5(a) and 7)
+    head_hidden     hidden width of the published models' two-layer head; None for a single linear layer
 
-    ScalableViT(**model.config) builds the same network anew.  Raises ValueError: see `check_arguments`.
+    ScalableViT(**model.config) rebuilds the same architecture.  Invalid arguments raise ValueError.
     """
 
     def __init__(self, in_chans=3, num_classes=1000, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16),
@@ -282,7 +283,7 @@ class ScalableViT(nn.Module):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         check_arguments(**self.config)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()     # one for each block
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()     # one per block
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             C = dim * 2 ** i
@@ -299,7 +300,7 @@ class ScalableViT(nn.Module):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes):
-        """Put a freshly initialised head of the same form in place, for num_classes classes (0: none)."""
+        """Replace the head by a freshly initialized one of the same kind for num_classes classes (0: no head)."""
         C, hidden = self.num_features, self.config["head_hidden"]
         if num_classes == 0:
             self.head = nn.Identity()
@@ -324,7 +325,7 @@ class ScalableViT(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))                                 # (B, num_classes)
 
     def no_weight_decay(self):
-        """Names of the parameters that the recipe leaves out of weight decay: biases, norms and the PEG."""
+        """Names of the parameters exempt from weight decay: biases, norms and the PEG."""
         return {name for name, p in self.named_parameters() if p.ndim == 1 or ".peg." in name}
 
     def set_grad_checkpointing(self, enable=True):
@@ -334,7 +335,7 @@ class ScalableViT(nn.Module):
 
 
 def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern, **_):
-    """Raises ValueError for what would build another network than was meant, without a word from PyTorch."""
+    """Raise ValueError for arguments that PyTorch would accept but that build a wrong network."""
     if not len(depths) == len(heads) == len(rc) == len(rn) > 0:
         raise ValueError(f"depths, heads, rc, rn must have one entry per stage, got {depths=}, {heads=}, {rc=}, {rn=}")
     if len(pattern) != 2 or not {*pattern} <= {*ATTENTION}:
@@ -352,7 +353,7 @@ def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern,
 
 
 def init_weights(module):
-    """The published initialisation; LayerNorm keeps PyTorch's 1 and 0."""
+    """Initialization of the published code; LayerNorm keeps PyTorch's default (weight 1, bias 0)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -362,16 +363,16 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# Table 1.  They take every argument of `ScalableViT`: scalablevit_s(num_classes=10).
+# Table 1.  All arguments of `ScalableViT` can be passed: scalablevit_s(num_classes=10).
 scalablevit_s = partial(ScalableViT, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16), rc=(1.25, 1.25, 1.25, 1.0))
 scalablevit_b = partial(ScalableViT, dim=96, depths=(2, 2, 14, 6), heads=(3, 6, 12, 24), rc=(2.0, 1.25, 1.25, 1.0))
 scalablevit_l = partial(ScalableViT, dim=128, depths=(2, 6, 12, 4), heads=(4, 8, 16, 32), rc=(0.25, 0.5, 1.0, 1.0))
-# Not in the paper: a small one for laptops and lessons, good at 64 to 112 pixels.
+# Not in the paper: a small model for laptops and teaching, meant for images of 64 to 112 pixels.
 scalablevit_tiny = partial(ScalableViT, dim=24, depths=(2, 2, 4, 2), heads=(1, 2, 4, 8), head_hidden=None)
 
 
 # ---------------------------------------------------------------------------- Published weights
-OFFICIAL_NAMES = [  # (published name, name here) without the closing .weight or .bias
+OFFICIAL_NAMES = [  # (published name, name here), both without the final .weight or .bias
     (r"patch_embeds\.(\d+)\.proj", r"stages.\1.embed.conv"),
     (r"patch_embeds\.(\d+)\.norm", r"stages.\1.embed.norm"),
     (r"pos_block\.(\d+)\.proj\.0", r"stages.\1.peg.conv"),
@@ -380,14 +381,14 @@ OFFICIAL_NAMES = [  # (published name, name here) without the closing .weight or
     (r"stages\.(\d+)\.(\d+)\.attn\.lim_func", r"stages.\1.blocks.\2.attn.lim"),
     (r"stages\.(\d+)\.(\d+)\.attn\.reduction\.([01])", r"stages.\1.blocks.\2.attn.reduce.\3"),
     (r"stages\.(\d+)\.(\d+)\.attn\.norm_act\.0", r"stages.\1.blocks.\2.attn.norm"),
-    (r"(norm|head|head\.[013])", r"\1"),                                        # the plain and the two-layer head
+    (r"(norm|head|head\.[013])", r"\1"),                                        # single-layer and two-layer head
 ]
 
 
 def convert_official(state_dict):
-    """A published model's state dict, with either head, under the names used here; `kv` becomes `k` and `v`.
+    """Rename a published model's parameters to the names used here, and split `kv` into `k` and `v`.
 
-    Raises ValueError for a name that the published models do not have.
+    Raises ValueError for a name that no published model has.
     """
     converted = {}
     for key, tensor in state_dict.items():
@@ -404,20 +405,20 @@ def convert_official(state_dict):
 
 
 def official_kwargs(state_dict):
-    """What a published model was built with besides Table 1.
+    """Constructor arguments in which a published checkpoint differs from scalablevit_s, _b or _l.
 
-    S, B and L have the two-layer head, the default here.  One more S (`small_0` in their code) has the plain head, and
-    r_c = 1.25 in all four stages.
+    S, B and L have the two-layer head, the default here.  A second S (`small_0` in the published code) has a single
+    linear layer as its head, and r_c = 1.25 in all four stages.
     """
     return dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25)) if "head.weight" in state_dict else {}
 
 
 # ---------------------------------------------------------------------------- Cost
 def count_macs(model, size):
-    """Multiply-accumulates of one image of `size` (H, W), counted by PyTorch without computing anything.
+    """Multiply-accumulates for one image of `size` (H, W), counted by PyTorch on the meta device.
 
-    {"modules": convolutions and linear layers, the paper's FLOPs; "attention": Q K^T and A V, which it leaves out}.
-    What is computed is counted: where the border cuts a window or a cell of SSA's, the padding too.
+    {"modules": convolutions and linear layers, which the paper calls FLOPs; "attention": Q K^T and A V, which the
+    paper leaves out}.  Padded tokens count too, in windows as in SSA's cells.
     """
     meta = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
     image = torch.empty(1, model.config["in_chans"], *size, device="meta", dtype=model.norm.weight.dtype)
@@ -430,10 +431,10 @@ def count_macs(model, size):
 
 def main():
     parser = argparse.ArgumentParser(description="Parameters and cost of the ScalableViT models.")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(224, 224), help="of an image")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), default=(224, 224), help="image size")
     H, W = parser.parse_args().size
     if min(H, W) < 1:
-        parser.error(f"--size takes two positive integers, got {H} {W}")
+        parser.error(f"--size must be two positive integers, got {H} {W}")
     print(f"{f'image of {H}x{W}':18}{'parameters':>12}{'MACs':>11}{'with QK^T, AV':>16}{'Table 2, at 224x224':>22}")
     for build, name, table2 in ((scalablevit_tiny, "tiny", "-"), (scalablevit_s, "s", "32M, 4.2G"),
                                 (scalablevit_b, "b", "81M, 8.6G"), (scalablevit_l, "l", "104M, 14.7G")):

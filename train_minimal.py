@@ -1,7 +1,7 @@
-"""Train ScalableViT on a folder of images: one program for a laptop, a GPU, and several machines full of them.
+"""Train ScalableViT on a folder of images, on a laptop, one GPU or several multi-GPU machines.
 
-    python train_minimal.py [--data DIR]        tiny, on DIR/train/CLASS/* and DIR/val/CLASS/*, or on digits drawn here
-    torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images a step
+    python train_minimal.py [--data DIR]        tiny, on DIR/{train,val}/CLASS/*, or on synthetic digits without --data
+    torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images per step
 """
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn        # DDP imports it late, and its defaults then hold the group: gloo's threads never end
+import torch.distributed.nn        # early: imported later, by DDP, its default arguments keep gloo's threads alive
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
@@ -27,14 +27,14 @@ from torchvision.transforms import v2
 
 import scalablevit
 
-# The settings, each a flag.  lr is the peak for 1024 images in a step, else in proportion; min_scale the smallest crop,
-# as a share of the image; RandAugment does each operation half the time; an epoch takes an image aug_repeats times.
+# The settings, each with a flag.  lr: peak for 1024 images per step, scaled linearly.  min_scale: smallest crop, as a
+# fraction of the image.  randaugment: operations, each with probability 1/2.  aug_repeats: copies per image and epoch.
 PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, lr=1e-3, weight_decay=0.05,
              clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
-             min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, and DeiT's RandAugment
+             min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, plus RandAugment as in DeiT
 TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
                     reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)      # DIGITS: without --data; LARGE: b, l
-SETTINGS = PAPER | dict(data="", model="", init="", bf16=False, extent=[])          # that a checkpoint keeps
+SETTINGS = PAPER | dict(data="", model="", init="", bf16=False, extent=[])          # saved in checkpoints
 DIGITS, LARGE = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5), PAPER | dict(drop_path_rate=0.5)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
 CUDA = torch.cuda.is_available()
@@ -43,14 +43,14 @@ normalize = v2.Compose([v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
-flag("--data", type=os.path.abspath, metavar="DIR", help="with train/CLASS/ and val/CLASS/ (default: drawn digits)")
-flag("--model", choices=("tiny", "s", "b", "l"), help="the size of the network (default: tiny)")
-flag("--output", type=pathlib.Path, metavar="DIR", help="of the run, which the same command goes on with (runs/MODEL)")
-flag("--init", type=os.path.abspath, metavar="FILE", help="weights to start from: of this program, or published ones")
-flag("--resume", action="store_true", help="go on with the run in --output under other settings, such as more epochs")
-flag("--eval", action="store_true", help="evaluate --init, or else best.pt in --output, and stop")
-flag("--workers", type=int, default=8 if CUDA else 0, metavar="N", help="that read images for each training process")
-flag("--save-every", type=int, default=1000, metavar="N", help="steps between two saves of last.pt (1000)")
+flag("--data", type=os.path.abspath, metavar="DIR", help="has train/CLASS/* and val/CLASS/* (default: digits)")
+flag("--model", choices=("tiny", "s", "b", "l"), help="model size (default: tiny)")
+flag("--output", type=pathlib.Path, metavar="DIR", help="run folder; an unfinished run there resumes (runs/MODEL)")
+flag("--init", type=os.path.abspath, metavar="FILE", help="initial weights: from this program, or published ones")
+flag("--resume", action="store_true", help="resume the run in --output with changed settings, e.g. more epochs")
+flag("--eval", action="store_true", help="only evaluate --init (default: best.pt in --output)")
+flag("--workers", type=int, default=8 if CUDA else 0, metavar="N", help="data loading workers per training process")
+flag("--save-every", type=int, default=1000, metavar="N", help="save last.pt every N steps (1000)")
 flag("--bf16", action=argparse.BooleanOptionalAction, default=CUDA, help="autocast to bfloat16 (default: on a GPU)")
 for name, value in PAPER.items():
     flag("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N",
@@ -58,13 +58,13 @@ for name, value in PAPER.items():
 
 
 def check(condition, message):
-    if not condition:                                               # a mistake that the user can mend: one line
+    if not condition:                                               # a user error: one line, no traceback
         print("train_minimal.py:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
 def draw_digits(root, train=400, val=100, side=64):
-    """root/{train,val}/{0..9}/*.png: a digit in any place, size, turn and color on blocks of darker colors."""
+    """root/{train,val}/{0..9}/*.png: a digit of random position, size, rotation and color on darker blocks."""
     part, rng = root.with_suffix(".part"), random.Random(0)
     for folder, n in [(part / split / str(i), n) for split, n in (("train", train), ("val", val)) for i in range(10)]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,27 +75,27 @@ def draw_digits(root, train=400, val=100, side=64):
             ImageDraw.Draw(mask).text([side * rng.uniform(0.3, 0.7) for _ in "xy"], folder.name, 255, font, anchor="mm")
             image.paste(tuple(rng.randrange(128, 256) for _ in "rgb"), mask=mask.rotate(rng.uniform(-15, 15)))
             image.save(folder / f"{i:03}.png")
-    part.rename(root)                                               # only now that all of them are there
+    part.rename(root)                                               # the folder appears only when it is complete
 
 
 def read_image(path, size):
-    """An upright RGB image.  A JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves each side 3 x size or more."""
-    if not os.path.isfile(path):                                    # opening a FIFO would wait for ever
+    """An RGB image, rotated as EXIF says.  A JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay >= 3 x size."""
+    if not os.path.isfile(path):                                    # opening a FIFO would block forever
         raise OSError("not a regular file")
     with Image.open(path) as image:
         image.draft("RGB", (3 * size, 3 * size))
         image.load()
-        with contextlib.suppress(Exception):                        # EXIF may be damaged where the pixels are whole
+        with contextlib.suppress(Exception):                        # EXIF may be corrupt although the pixels are fine
             ImageOps.exif_transpose(image, in_place=True)
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class ImageFolder(Dataset):
-    """The images in root/CLASS/ and the folders in it; not in folders that are links, which may lead back.  An item is
-    image (size, size, 3), mask (1, size, size), 0 where erased, label, and why another image takes its place, or ""."""
+    """Images under root/CLASS/, recursively; symlinked subfolders are skipped, as they may form cycles.  An item is the
+    image (size, size, 3), mask (1, size, size) with 0 where erased, label, and the error if it was replaced, or ""."""
 
     def __init__(self, root, args, train):
-        # v2's lacks DeiT's invert, solarize-add, noise on the magnitude, and interpolation; its posterize is milder.
+        # Unlike DeiT's: no invert, solarize-add, magnitude noise or interpolation; a milder posterize.
         operation = v2.RandAugment(1, 9, num_magnitude_bins=11, fill=(124, 116, 104))
         augment = [self.random_crop, *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
@@ -109,14 +109,14 @@ class ImageFolder(Dataset):
         check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} must hold images in folders")
 
     def random_crop(self, image):
-        """v2.RandomResizedCrop and RandomHorizontalFlip, without what they take on top of Pillow for small images."""
+        """v2.RandomResizedCrop and RandomHorizontalFlip in plain Pillow, which is faster for small images."""
         top, left, h, w = v2.RandomResizedCrop.get_params(image, (self.args.min_scale, 1), (3 / 4, 4 / 3))
         image = image.resize(2 * [self.args.size], Image.BICUBIC, (left, top, left + w, top + h))
         return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
 
     def __getitem__(self, key):
         index, seed = key
-        torch.default_generator.manual_seed(seed)                   # the same image, whichever process reads it
+        torch.default_generator.manual_seed(seed)                   # same augmentation, whichever process loads it
         mask, error = self.erase(self.mask), ""
         for _ in range(100):
             path, label = self.samples[index]
@@ -125,12 +125,12 @@ class ImageFolder(Dataset):
             except Exception as reason:                             # Pillow's decoders raise almost anything
                 error = error or f"{path} ({reason})"
             index = int(torch.randint(len(self.samples), ()))
-        raise OSError(f"cannot read {error}, nor 99 others")
+        raise OSError(f"cannot read {error}, nor 99 other images")
 
 
 def training_batches(n, args, first, last):
-    """Batches of this process's keys (index, seed).  An epoch shuffles n images and takes each aug_repeats times in a
-    row; a step deals them out one by one, so that half a batch (see `mix`) is half a step, however many share it."""
+    """Yield this process's batches of keys (index, seed).  An epoch is n keys: shuffled images, aug_repeats times each.
+    A step deals them out in turn, so that `mix` pairs the same images for any number of processes."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -141,41 +141,41 @@ def training_batches(n, args, first, last):
 
 
 def ignore_signals(worker):
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})      # the process that trains ends it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})      # the main process handles them
 
 
 def mix(images, targets, args):
-    """MixUp or CutMix of images (B, 3, H, W) and targets (B, classes): each with the one half a batch on."""
+    """MixUp or CutMix of images (B, 3, H, W) and targets (B, classes); image i is mixed with image i + B/2."""
     mixing = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
-    # v2 pairs an image with the one before, under repeated augmentation its copy.  So v2's "batch" is two halves here.
+    # v2 mixes adjacent images, which are copies under repeated augmentation; so it gets the two halves as a batch of 2.
     halves = images.view(2, -1, *images.shape[2:]), targets.view(2, -1)           # (2, B/2·3, H, W), (2, B/2·classes)
     return [mixed.view_as(own) for mixed, own in zip(v2.RandomChoice(mixing)(*halves), (images, targets))]
 
 
 def setup_distributed():
-    """Join the processes that torchrun started, if it did.  The first one speaks."""
+    """Join the process group if started by torchrun.  Only rank 0 prints."""
     sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)         # names that it cannot encode
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)         # for odd file names
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        store = next(dist.rendezvous("env://"))[0]                  # torchrun's keeps the addresses of earlier starts
-        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the starts
+        store = next(dist.rendezvous("env://"))[0]                  # still has addresses from before a restart: prefix
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the restarts
         start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK, world_size=WORLD_SIZE)
 
 
 def gather(value):
-    values = [value] * WORLD_SIZE                                   # one of each process
+    values = [value] * WORLD_SIZE                                   # one per process
     if WORLD_SIZE > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def load_checkpoint(path):
-    """A checkpoint of this program, a published one or a mere state dict -> "model", "config", "settings" and more."""
+    """Load a checkpoint of this program, a published one or a plain state dict, with "model", "config", "settings"."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):               # published ones hold their arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):               # some published ones contain one
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights, config = checkpoint.get("model", checkpoint), checkpoint.get("config", {})
         if "patch_embeds.0.proj.weight" in weights:
@@ -189,21 +189,21 @@ def load_checkpoint(path):
 
 @torch.no_grad()
 def evaluate(model, loader, bf16):
-    """Top-1 and top-5 accuracy in percent; each process counts its share of the images."""
+    """Top-1 and top-5 accuracy in percent; each process evaluates its share of the images."""
     model.eval()
     right = torch.zeros(2, device=DEVICE)
     for images, _, labels, errors in loader:                        # (B, size, size, 3), ..., (B,)
-        check(not any(errors), f"cannot read {max(errors)}, and the accuracy is that of all images")
+        check(not any(errors), f"cannot read {max(errors)}: validation needs every image")
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             logits = model(normalize(images.to(DEVICE).permute(0, 3, 1, 2)))
-        check(logits.isfinite().all(), "the model's outputs are not finite numbers")
+        check(logits.isfinite().all(), "the model's outputs are not finite")
         hits = logits.topk(min(5, logits.shape[1])).indices == labels.to(DEVICE)[:, None]     # (B, 5)
         right += torch.stack([hits[:, 0].sum(), hits.sum()])
     return [100 * sum(counts) / len(loader.dataset.samples) for counts in zip(*gather(right.tolist()))]
 
 
 def learning_rate(step, last, warmup, peak):
-    """Linearly up from 1e-6, then a cosine down to 1e-5."""
+    """Linear warm-up from 1e-6, then cosine decay to 1e-5."""
     low, end = min(1e-6, peak), min(1e-5, peak)
     fall = (1 + math.cos(math.pi * (step - warmup) / max(last - warmup, 1))) / 2
     return low + (peak - low) * step / warmup if step < warmup else end + (peak - end) * fall
@@ -214,66 +214,66 @@ def main():
     setup_distributed()
     output = args.output or pathlib.Path("runs", args.model or "tiny")
     last_pt = output / "last.pt"
-    check(not args.resume or last_pt.exists(), f"--resume goes on with {last_pt}, and there is none")
-    check(not args.resume or not (args.init or args.eval), "--resume goes with neither --init nor --eval")
+    check(not args.resume or last_pt.exists(), f"--resume needs {last_pt}, which does not exist")
+    check(not args.resume or not (args.init or args.eval), "--resume takes neither --init nor --eval")
     if RANK == 0 and not args.eval:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            fcntl.lockf(lock := open(output / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not have it
+            fcntl.lockf(lock := open(output / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not hold it
         except OSError as error:
             check(False, f"cannot write to {output}, or another process is writing to it: {error.strerror}")
         if not (args.data or last_pt.exists() or (output / "digits").exists()):
             draw_digits(output / "digits")
-    gather(None)                                                    # the others wait for the lock and the digits
+    gather(None)                                                    # the other ranks wait for the lock and the digits
 
-    # The settings: the flags; else, with --resume and --eval, those of the checkpoint; else the defaults
+    # Settings come from the flags, else (with --resume or --eval) from the checkpoint, else from the defaults.
     going_on = last_pt.exists() and not args.eval
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
     checkpoint = load_checkpoint(start) if start else {}
     saved = checkpoint.get("settings", {})
     kept = saved if args.resume or args.eval else {}
     name = args.model or saved.get("model", "tiny")
-    check(name == saved.get("model", name), f"{start} is not of --model {name}")
+    check(name == saved.get("model", name), f"{start} was not trained with --model {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
     args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))
     check(min(args.size, args.epochs, args.batch_size, args.accum, args.save_every) > 0 <= args.workers,
           "--size, --epochs, --batch-size, --accum and --save-every must be at least 1, --workers at least 0")
-    check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix want an even --batch-size")
+    check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix need an even --batch-size")
 
     data = pathlib.Path(args.data or output / "digits")
     val_set = ImageFolder(data / "val", args, train=False)
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
     classes, n, batch = train_set.classes, len(train_set.samples), WORLD_SIZE * args.accum * args.batch_size
-    steps = n // batch                                              # of an epoch, in each of which `batch` images
+    steps = n // batch                                              # an epoch is `steps` steps of `batch` images
     check(classes == val_set.classes, f"{data} has different classes in train and val")
-    check(steps or args.eval, f"a step takes {batch} images, and there are {n}: lower --batch-size or --accum")
+    check(steps or args.eval, f"a step takes {batch} images, but there are {n}: lower --batch-size or --accum")
     args.extent = [n, batch]
     settings = {name: "" if (value := getattr(args, name)) is None else value for name in SETTINGS}
     check(not going_on or settings == saved or args.resume and args.extent == saved.get("extent"),
-          f"{output} holds a run with other {'images or steps' if args.resume else 'settings; --resume goes on'}")
+          f"{output} holds a run with other {'images or steps' if args.resume else 'settings (--resume changes them)'}")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, **loading)
 
     torch.manual_seed(args.seed)
-    step, loss_sum, log, unreadable = 0, 0.0, [], []                # loss_sum: of this epoch; log: an entry per epoch
+    step, loss_sum, log, unreadable = 0, 0.0, [], []                # loss_sum: this epoch's; log: one entry per epoch
     try:
         config = {"num_classes": len(classes)} | checkpoint.get("config", {}) | {"drop_path_rate": args.drop_path_rate}
         model = getattr(scalablevit, f"scalablevit_{args.model}")(**config)
         model.load_state_dict(checkpoint.get("model", model.state_dict()))
         if checkpoint.get("classes", classes) != classes or model.num_classes != len(classes):
-            check(not (going_on or args.eval), f"{start} is of other classes than {data}")
-            print(f"{start} is of other classes than {data}: training a fresh head")
+            check(not (going_on or args.eval), f"{start} has other classes than {data}")
+            print(f"{start} has other classes than {data}: training a fresh head")
             model.reset_classifier(len(classes))
         model, exempt = model.to(DEVICE), model.no_weight_decay()
         groups = [{"params": [p for name, p in model.named_parameters() if (name in exempt) == light],
                    "weight_decay": 0.0 if light else args.weight_decay} for light in (False, True)]
-        optimizer = torch.optim.AdamW(groups, fused=True)           # which keeps these groups
+        optimizer = torch.optim.AdamW(groups, fused=True)           # its param_groups are these dicts
         if going_on:
             step, loss_sum, log, unreadable = (checkpoint[key] for key in ("step", "loss_sum", "log", "unreadable"))
             check(json.dumps(log) and step // steps - len(log) in (0, 1), f"{start} contradicts itself")
             for i, p in enumerate(p for group in groups for p in group["params"]):
-                moments = checkpoint["optimizer"]["state"][i]       # copied, as fused AdamW trusts their shape
+                moments = checkpoint["optimizer"]["state"][i]       # copied: fused AdamW does not check shapes
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)} | {
                     key: torch.zeros_like(p).copy_(moments[key].view_as(p)) for key in ("exp_avg", "exp_avg_sq")}
     except Exception as error:
@@ -287,9 +287,9 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
-    print(f"scalablevit_{args.model}, {n} images of {len(classes)} classes, {batch} in a step, writing to {output}")
+    print(f"scalablevit_{args.model}: {n} images, {len(classes)} classes, {batch} images per step, writing to {output}")
     while not stopped and (step < last or step // steps > len(log)):
-        if step // steps > len(log):                                # an epoch is complete, and last.pt has it
+        if step // steps > len(log):                                # an epoch is complete and saved in last.pt
             top1, top5 = evaluate(model, val_loader, args.bf16)
             log.append({"epoch": len(log) + 1, "loss": loss_sum / steps, "top1": top1, "top5": top5,
                         "lr": learning_rate(step - 1, last, warmup, peak), "unreadable": len(unreadable)})
@@ -303,13 +303,13 @@ def main():
                 found.update(errors)
                 images, masks, labels = (t.to(DEVICE, non_blocking=True) for t in (images, masks, labels))
                 images = normalize(images.permute(0, 3, 1, 2).contiguous())        # (B, 3, size, size) float32
-                torch.manual_seed(hash((args.seed, step, 0, 0)))    # only now: without workers, images were drawn here
+                torch.manual_seed(hash((args.seed, step, 0, 0)))    # after loading, which may draw in this process
                 images = torch.where(masks > 0, images, torch.randn(images.shape[1:], device=DEVICE))
                 targets = F.one_hot(labels, len(classes)).float()
                 if args.mixup > 0 or args.cutmix > 0:
                     images, targets = mix(images, targets, args)
-                torch.manual_seed(hash((args.seed, step, a + 1, RANK)))            # stochastic depth: each its own
-                net.require_backward_grad_sync = a + 1 == args.accum               # what DDP's no_sync sets
+                torch.manual_seed(hash((args.seed, step, a + 1, RANK)))            # stochastic depth: one per rank
+                net.require_backward_grad_sync = a + 1 == args.accum               # as DDP.no_sync does
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
                     part = F.cross_entropy(net(images), targets, label_smoothing=args.label_smoothing) / args.accum
                 part.backward()
@@ -323,7 +323,7 @@ def main():
             loss, stopped = sum(losses) / WORLD_SIZE, any(stops)
             loss_sum += loss
             for error in sorted(set().union(*found) - {"", *unreadable}):
-                print(f"cannot read {error}: another image takes its place")
+                print(f"cannot read {error}: replaced by another image")
                 unreadable.append(error)
             if step % 50 == 0 or step % steps == 0:
                 print(f"step {step}/{last}  loss {loss:.3f}  {(time.time() - began) / (step - first):.3f} s per step")
@@ -333,17 +333,17 @@ def main():
             files = {"log.jsonl": "".join(json.dumps(entry) + "\n" for entry in log).encode(), "last.pt": state}
             if step == len(log) * steps and max(log, key=lambda entry: entry["top1"]) is log[-1]:
                 files = {"best.pt": state} | files
-            for name, content in files.items():                     # last.pt at the end: it is what a run goes on with
+            for name, content in files.items():                     # last.pt last: runs resume from it
                 with open(output / f"{name}.part", "wb") as file:
                     torch.save(content, file) if name.endswith(".pt") else file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(output / f"{name}.part", output / name)  # a kill leaves the old file or the new one
+                os.replace(output / f"{name}.part", output / name)  # atomic: either the old file or the new one
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     if stopped:
-        print(f"stopped after step {step} of {last}, which is saved: the same command goes on from there")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])            # it may have come to another process
+        print(f"stopped after step {step} of {last} and saved: the same command resumes from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])            # another rank may have received the signal
 
 
 if __name__ == "__main__":

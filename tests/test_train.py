@@ -322,7 +322,7 @@ def test_a_run_leaves_a_log_and_whole_checkpoints_and_eval_gives_the_accuracy_of
     assert sorted(p.name for p in output.iterdir()) == [".lock", "best.pt", "last.pt", "log.jsonl", "printed"]
     assert log_of(output, "epoch") == [1, 2, 3] and log_of(output, "unreadable") == [0, 0, 0]
     assert [set(entry) for entry in load(output)["log"]] == 3 * [{"epoch", "loss", "top1", "top5", "lr", "unreadable"}]
-    for word in ("32 images of 2 classes, 8 in a step", "step 12/12  loss", "epoch 3", "top-1", "top-5 100.00 %"):
+    for word in ("32 images, 2 classes, 8 images per step", "step 12/12  loss", "epoch 3", "top-1", "top-5 100.00 %"):
         assert word in printed
     assert load(output, "best.pt")["log"][-1]["top1"] == best
     for args in (["--output", output], ["--init", output / "best.pt", "--data", data, "--workers", 1]):
@@ -363,7 +363,7 @@ def test_a_folder_that_holds_another_run_is_refused_and_resume_replaces_its_sett
     succeed(call(*args))                                                       # the same run, which is done
     for more in (["--lr", 0.1], ["--seed", 1], ["--epochs", 4]):
         assert "holds a run with other settings" in fail(call(*args, *more))
-    assert "is not of --model s" in fail(call(*args, "--model", "s"))
+    assert "was not trained with --model s" in fail(call(*args, "--model", "s"))
     assert "other images or steps" in fail(call(*resume, "--batch-size", 16))
     for more in (["--eval"], ["--init", output / "best.pt"]):
         assert "neither --init nor --eval" in fail(call(*resume, *more))
@@ -446,7 +446,7 @@ assert not gloo()
         printed.append(process.stdout)
         assert (process.returncode != 0) == stopped and (tmp_path / "killed").exists(), process.stdout
         assert load(tmp_path / "two")["step"] == (7 if stopped else 8), process.stdout
-    assert printed[0].count("32 images of 2 classes, 8 in a step") == 2 and "stopped after step 7 of 8" in printed[0]
+    assert printed[0].count("32 images, 2 classes, 8 images per step") == 2 and "stopped after step 7 of 8" in printed[0]
     assert printed[1].count("epoch 2  loss") == 1, printed
     succeed(call(*args, "--output", tmp_path / "one"))
     assert_same_end(tmp_path / "two", tmp_path / "one", exactly=False)
@@ -491,7 +491,7 @@ def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(k
             for name in ("stages.0.blocks.0.attn.qkv.weight", "head.weight")]
     assert kept == [True, not fresh] and fresh == (classes != ["0", "1"])
     sentence = fail(call(*args, "--output", tmp_path / "s", "--model", "s"))
-    assert ("is not of --model s" if "settings" in content else "cannot build the model") in sentence
+    assert ("was not trained with --model s" if "settings" in content else "cannot build the model") in sentence
 
 
 class Trap:
@@ -518,7 +518,7 @@ def moment(change, key="exp_avg"):
     (lambda last: last["model"].update({"norm.weight": torch.ones(3)}), "cannot build"),
     (lambda last: last["config"].update(dim=48), "cannot build"),
     (lambda last: last.update(config=3), "cannot load"),
-    (lambda last: last.update(classes=["0", "cat"]), "of other classes"),
+    (lambda last: last.update(classes=["0", "cat"]), "has other classes"),
     (lambda last: last.update(settings=[]), "cannot load"),
     (lambda last: last["settings"].update(lr="x"), "cannot load"),
     (lambda last: last["settings"].update(size=torch.ones(2)), "cannot load"),
@@ -569,7 +569,7 @@ def test_images_that_cannot_be_read_are_named_once_replaced_and_counted(data, ca
             interpose(patch, train.F, "cross_entropy", 7, sending(signal.SIGTERM))
             printed = call(*args)[1]
         printed += succeed(call(*args))
-        assert printed.count("another image takes its place") == 3
+        assert printed.count("replaced by another image") == 3
         for name in ("003", "\\udcff\\udcfe", "005"):
             assert printed.count(f"cannot read {folder}/{name}.png (") == 1
         assert log_of(tmp_path / str(workers), "unreadable") == [3, 3]
@@ -595,12 +595,12 @@ def test_an_image_of_val_that_cannot_be_read_ends_the_run_and_the_epoch_is_not_l
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--resume", "--output", "x"], "and there is none"),
+    (["--resume", "--output", "x"], "last.pt, which does not exist"),
     (["--eval", "--output", "x"], "cannot load x/best.pt"),
     (["--init", PROGRAM, "--data", "x"], "cannot load"),
     (["--data", "nowhere"], "nowhere/val must hold images in folders"),
     (["--data", "DATA", "--output", PROGRAM], "cannot write to"),
-    (["--data", "DATA", "--batch-size", 64], "a step takes 64 images, and there are 32: lower --batch-size"),
+    (["--data", "DATA", "--batch-size", 64], "a step takes 64 images, but there are 32: lower --batch-size"),
 ])
 def test_mistakes_are_told_in_a_line(args, message, call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
