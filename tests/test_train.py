@@ -446,7 +446,7 @@ assert not gloo()
         printed.append(process.stdout)
         assert (process.returncode != 0) == stopped and (tmp_path / "killed").exists(), process.stdout
         assert load(tmp_path / "two")["step"] == (7 if stopped else 8), process.stdout
-    assert printed[0].count("32 images, 2 classes, 8 images per step") == 2 and "stopped after step 7 of 8" in printed[0]
+    assert printed[0].count("2 classes, 8 images per step") == 2 and "stopped after step 7 of 8" in printed[0]
     assert printed[1].count("epoch 2  loss") == 1, printed
     succeed(call(*args, "--output", tmp_path / "one"))
     assert_same_end(tmp_path / "two", tmp_path / "one", exactly=False)
