@@ -1,9 +1,9 @@
-"""Kernels for ScalableViT, asked for by name:
+"""Fused C++/CUDA kernels for ScalableViT, used only where `fuse` is called:
 
     from scalablevit_kernels import fuse, unfuse
-    model = fuse(scalablevit_s())       # the same parameters, the same state dict; IWSA runs in one pass over memory
+    model = fuse(scalablevit_s())       # same parameters, same state dict; IWSA runs in one pass over memory
 
-scalablevit.py knows nothing of this package: `fuse` gives a layer a subclass of its class with another `forward`.
+scalablevit.py does not depend on this package: `fuse` switches layers to subclasses that override `forward`.
 """
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from scalablevit import IWSA, PEG, SSA
 from . import ops  # noqa: F401  (defines torch.ops.scalablevit)
 from ._C import devices  # "cpu", and "cuda" if it was built
 
-LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer and activation, which has no gradient
+LINEAR = torch.ops.mkldnn._linear_pointwise         # oneDNN's linear layer with an optional activation; inference only
 if LINEAR not in flop_registry:
     register_flop_formula(LINEAR)(lambda x, weight, *_, **__: 2 * x.numel() * weight[0])
 
@@ -28,12 +28,12 @@ def hooks_of(layer):
     return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
 
 
-def is_bare(layer):                                 # a call of it runs its class's forward and nothing else
+def is_bare(layer):                                 # calling it runs the forward of its class and nothing else
     return not any(hooks_of(layer)) and "forward" not in vars(layer)
 
 
 def is_plain_lim(lim):
-    """Whether LIM is a depthwise convolution as `scalablevit.depthwise` makes it, with nothing attached to it."""
+    """Whether LIM is a depthwise convolution as built by `scalablevit.depthwise`, without hooks or other changes."""
     if type(lim) is not nn.Conv2d or not is_bare(lim) or lim.bias is None:
         return False
     k, C = lim.kernel_size[0], lim.in_channels
@@ -42,7 +42,7 @@ def is_plain_lim(lim):
 
 
 class FusedIWSA(IWSA):
-    """IWSA whose two equations, (4) and (5), are one operator on a CPU; on a GPU two, around PyTorch's attention."""
+    """IWSA with equations (4) and (5) in one operator on a CPU, and in two around PyTorch's attention on a GPU."""
 
     def forward(self, x):
         if x.device.type not in devices or "attend" in vars(self) or not is_plain_lim(self.lim):
@@ -60,19 +60,19 @@ class FusedIWSA(IWSA):
         return self.proj(scalablevit.window_merge_lim(z, qkv, lim.weight, lim.bias, M))
 
 
-def takes_onednn(x, layer):                         # oneDNN's linear layer can compute this one: inference on a CPU
+def takes_onednn(x, layer):                         # whether oneDNN's linear layer can be used: inference on a CPU
     return (x.device.type == "cpu" and x.dtype == layer.weight.dtype in (torch.float32, torch.bfloat16)
             and x.shape[-1] == layer.in_features
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
                      or torch.jit.is_tracing()))
 
 
-class FusedLinear(nn.Linear):                       # by oneDNN
+class FusedLinear(nn.Linear):                       # computed by oneDNN
     def forward(self, x):
         return LINEAR(x, self.weight, self.bias, "none", [], "none") if takes_onednn(x, self) else super().forward(x)
 
 
-class FusedMLP(nn.Sequential):                      # fc1, GELU and fc2, where oneDNN applies the GELU on the fly
+class FusedMLP(nn.Sequential):                      # fc1, GELU, fc2: oneDNN fuses the GELU into fc1
     def forward(self, x):
         plain = [type(layer) for layer in self] == [FusedLinear, nn.GELU, FusedLinear] and self[1].approximate == "none"
         if not (plain and is_bare(self[0]) and is_bare(self[1]) and takes_onednn(x, self[0])):
@@ -80,7 +80,7 @@ class FusedMLP(nn.Sequential):                      # fc1, GELU and fc2, where o
         return self[2](LINEAR(x, self[0].weight, self[0].bias, "gelu", [], "none"))
 
 
-class FusedDepthwise(nn.Conv2d):    # in float32 under autocast on a CPU, where bfloat16's backward takes 10 x as long
+class FusedDepthwise(nn.Conv2d):    # float32 even under autocast on a CPU: the bfloat16 backward takes 10x as long
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(x)
@@ -89,8 +89,8 @@ class FusedDepthwise(nn.Conv2d):    # in float32 under autocast on a CPU, where 
 
 
 def computes_the_same(layer):
-    """Whether the kernels compute what this IWSA does, whose text or parts a reader may have changed: a try in float64
-    on maps larger and smaller than a window, with random weights, in both modes, gradients too."""
+    """Whether the kernels give the same outputs and gradients as this IWSA, whose code or submodules may have been
+    edited.  Tested in float64 with random weights, in train and eval mode, on maps larger and smaller than a window."""
     generator, M = torch.Generator().manual_seed(0), min(layer.window, 7)
 
     def random(*shape):
@@ -104,10 +104,10 @@ def computes_the_same(layer):
         return seen
 
     with (contextlib.suppress(Exception), torch.inference_mode(False), torch.enable_grad(),
-          torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):     # what cannot be tried is another thing
+          torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):     # any exception means: not the same
         layer = copy.deepcopy(layer).to("cpu", torch.float64)
         for hooks in [hooks for module in layer.modules() for hooks in hooks_of(module)]:
-            hooks.clear()                                           # a probe is not for them to see
+            hooks.clear()                                           # the user's hooks must not see this test
         parameters = [*layer.requires_grad_().parameters()]
         for p in parameters:
             p.data = random(*p.shape).detach() / p.shape[1:].numel() ** 0.5
@@ -118,7 +118,7 @@ def computes_the_same(layer):
 
 
 def fuse(model):
-    """Let `model` run on the kernels, in place.  Which IWSA is left alone is said in one line, and why."""
+    """Switch `model` to the kernels, in place.  Prints which IWSA layers are not fused, and why."""
     alone = []
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
@@ -131,15 +131,15 @@ def fuse(model):
                     conv.__class__ = FusedDepthwise
         elif any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) and type(layer) is not FusedIWSA:
             if type(layer) is not IWSA:
-                alone.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA itself)")
+                alone.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA)")
             elif not is_plain_lim(getattr(layer, "lim", None)):
-                alone.append(f"{name} (its LIM is no plain depthwise convolution)")
+                alone.append(f"{name} (its LIM is not a plain depthwise convolution)")
             elif {"attend", "forward"} & {*vars(layer)} or not computes_the_same(layer):
-                alone.append(f"{name} (it computes something else than the kernels do)")
+                alone.append(f"{name} (it does not compute what the kernels compute)")
             else:
                 layer.__class__ = FusedIWSA
     if alone:
-        print(f"fuse left alone: {', '.join(alone)}")
+        print(f"not fused: {', '.join(alone)}")
     return model
 
 

@@ -1,7 +1,7 @@
-// The first rung on the CPU, in its shortest form: read here what cuda.cu does on a GPU.  iwsa.cpp is what is fast.
+// Partition and merge + LIM on the CPU, kept short: a reference for reading cuda.cu.  The fast CPU kernel is iwsa.cpp.
 #include "cpu.h"
 
-// Bytes are moved and no numbers computed: one function for all types.  A head's d channels are `size` bytes.
+// Only copies bytes, so one function serves all types.  A head's d channels take `size` bytes.
 void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
   const int64_t size = g.d * itemsize;
   at::parallel_for(0, g.strips(), 64, [&](int64_t begin, int64_t end) {
@@ -50,7 +50,7 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
         const Strip t = g.strip(s);
         const int64_t token = g.token(t.b, t.y, t.x);
         T* to = (T*)dqkv + token * 3 * C;
-        for (int64_t i = 0; i < t.tokens; ++i) std::fill_n(to + i * 3 * C, 2 * C, T(0));  // of Q and K: none
+        for (int64_t i = 0; i < t.tokens; ++i) std::fill_n(to + i * 3 * C, 2 * C, T(0));  // dQ = dK = 0
         for (int64_t c = 0; c < C; c += d) {
           T* own = (T*)dz + g.group(0, t.window, c / d, t.position) * d;
           copy_tokens(t.tokens, d, dout + token * C + c, C, own, d);

@@ -1,4 +1,4 @@
-// What the kernels on the CPU share: numbers in vector registers, and LIM.
+// Shared by the CPU kernels: SIMD vectors, and LIM.
 #pragma once
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
@@ -11,7 +11,7 @@
 
 #include "kernels.h"
 
-// Compiled once per instruction set and chosen when the module is loaded: AVX-512, AVX2, or what every x86-64 has.
+// Compiled once per instruction set and selected when the module is loaded: AVX-512, AVX2 or baseline x86-64.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -19,10 +19,10 @@
 #endif
 #define INLINED __attribute__((always_inline))
 
-// The type that sums are formed in.
+// The accumulation type.
 template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// L numbers at once: an extension of GCC and Clang, whose operators work on all of them.
+// A SIMD vector of L numbers with elementwise operators (an extension of GCC and Clang).
 template <class A, int L> struct Vector {
   typedef A type __attribute__((vector_size(sizeof(A) * L)));
 };
@@ -33,7 +33,7 @@ INLINED inline Vec<Sum<T>, L> load(const T* p) {
   Vec<Sum<T>, L> v;
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(&v, p, sizeof(v));
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the upper half of a float
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the upper 16 bits of a float
     Vec<uint16_t, L> upper;
     std::memcpy(&upper, p, sizeof(upper));
     const auto bits = __builtin_convertvector(upper, Vec<uint32_t, L>) << 16;
@@ -48,7 +48,7 @@ template <int L, class T>
 INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(p, &v, sizeof(v));
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // to the nearest, ties to even; NaN stays NaN
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // round to nearest, ties to even; NaN stays NaN
     Vec<uint32_t, L> bits;
     std::memcpy(&bits, &v, sizeof(v));
     bits = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Vec<uint32_t, L>{} + 0x7fc0;
@@ -59,7 +59,7 @@ INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   }
 }
 
-// Calls f(L, j) for blocks of channels j .. j + L that make up one head's d; L is known at compile time.
+// Calls f(L, j) for each block of channels j .. j + L of a head's d channels; L is a compile-time constant.
 template <class F>
 INLINED inline void for_blocks(int64_t d, F f) {
   int64_t j = 0;
@@ -67,7 +67,7 @@ INLINED inline void for_blocks(int64_t d, F f) {
   for (; j < d; ++j) f(std::integral_constant<int, 1>(), j);
 }
 
-// scale times d channels of each of n tokens, `from_row` and `to_row` apart.
+// Copies d channels of n tokens, multiplied by scale; from_row and to_row are the strides between tokens.
 template <class From, class To>
 static VECTORISED void copy_tokens(int64_t n, int64_t d, const From* from, int64_t from_row, To* to, int64_t to_row,
                                    Sum<To> scale = 1) {
@@ -75,7 +75,7 @@ static VECTORISED void copy_tokens(int64_t n, int64_t d, const From* from, int64
     for_blocks(d, [&](auto L, int64_t j) INLINED { store<L>(to + j, load<L>(from + j) * scale); });
 }
 
-// Calls f(i, neighbour) for a strip's tokens i that have a neighbour dy rows below and dx columns to the right.
+// Calls f(i, neighbour) for each token i of a strip whose neighbour at offset (dy, dx) is inside the map.
 template <class F>
 INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
   if (t.y + dy < 0 || t.y + dy >= g.H) return;
@@ -83,7 +83,7 @@ INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy,
   for (int64_t i = begin; i < end; ++i) f(i, g.token(t.b, t.y + dy, t.x + dx + i));
 }
 
-// Adds F(V) of equation (5) to a strip's tokens, d channels from `channel` on: rows at `to`, `row` apart.  v: V in qkv.
+// Adds F(V) of equation (5) to a strip, for the d channels from `channel` on.  `row`: stride of `to`.  v: V in qkv.
 template <class T>
 static VECTORISED void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v,
                                const Sum<T>* weight, const Sum<T>* bias, Sum<T>* to, int64_t row) {
@@ -100,8 +100,8 @@ static VECTORISED void add_lim(const Windows& g, const Strip& t, int64_t channel
   });
 }
 
-// V at a token went into the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is added
-// to the rows of dv, and V dOut to sums (k² + 1, C), whose last row is the bias's.
+// V at a token contributes to the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is
+// added to dv, and V dOut to sums (k² + 1, C), whose last row belongs to the bias.
 template <class T>
 static VECTORISED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
                                         const T* v, const Sum<T>* weight, Sum<T>* sums, Sum<T>* dv, int64_t row) {
@@ -124,7 +124,7 @@ static VECTORISED void add_lim_backward(const Windows& g, const Strip& t, int64_
   });
 }
 
-// The gradients of weight and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).
+// Gradients of weight and bias.  work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).
 template <class A, class F>
 void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, A* dweight, A* dbias, F work) {
   const int64_t size = (k * k + 1) * C, n = std::clamp<int64_t>(pieces, 1, 32);
@@ -136,7 +136,7 @@ void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, A* dweight, A*
   for (int64_t j = 0; j < size; ++j) (j < k * k * C ? dweight[j % C * k * k + j / C] : dbias[j % C]) = parts[j];
 }
 
-// Calls f with a T*, null, that says the type.
+// Calls f with a null T*, which carries the type.
 template <class F>
 void with_type(Type type, F f) {
   switch (type) {

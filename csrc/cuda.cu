@@ -1,16 +1,16 @@
-// The kernels on the GPU, in plain CUDA C++ without PyTorch's headers: nvcc alone compiles this file, and so does a C++
-// compiler with the stand-ins in tests/cuda_on_cpu, where every thread runs on a CPU.
-// How work is mapped to threads:
-// - Neighbouring threads touch neighbouring addresses, 16 bytes each: a pack of V channels.  A thread takes one pack
-//   along all tokens of a strip (windows.h), which it finds with 64-bit divisions, once.  A block is x packs wide and
-//   y strips high, so that all its threads are busy, whether C is 64 or 512.
-// - A thread reads the k² neighbours of its token straight from memory: the threads around it read the same addresses
-//   at about the same time, so that the caches serve most of them.  With k = 3, which the compiler is told, 9 loads
-//   are under way together and 9 weights stay in registers (in the machine code for sm_90; not yet run on a GPU).
-// - The weight's gradient is a sum over all tokens.  A block takes one part of the strips, and a thread keeps the sums
-//   of one pack, for 9 taps and the bias, in registers.  They are added in shared memory, and the parts by a second
-//   kernel, always in the same order: no atomics, and the same result in every run.
-// - Nothing waits for the device and nothing is allocated: the kernels can be captured in a CUDA graph.
+// The GPU kernels, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own; with the stub
+// headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
+// How work maps to threads:
+// - Adjacent threads access adjacent addresses, 16 bytes each: a pack of V channels.  A thread processes one pack for
+//   all tokens of a strip (windows.h), and locates the strip by 64-bit divisions once.  A block is x packs wide and
+//   y strips high, so all its threads are busy whether C is 64 or 512.
+// - A thread loads the k² neighbours of its token directly from global memory.  Nearby threads load the same addresses
+//   at about the same time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at
+//   once and 9 weights stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
+// - The weight's gradient is a sum over all tokens.  A block sums one part of the strips; a thread keeps the sums of
+//   one pack, for 9 taps and the bias, in registers.  They are reduced in shared memory, and a second kernel adds the
+//   parts, always in the same order: no atomics, deterministic results.
+// - No synchronization and no allocation: the kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -19,19 +19,19 @@
 
 #include "kernels.h"
 
-// The most threads of a block and blocks of a grid.  Tests make both smaller.
+// Upper limits for threads per block and blocks per grid; tests lower both.
 #ifndef MAX_THREADS
 #define MAX_THREADS block_threads
 #define MAX_BLOCKS INT32_MAX
 #endif
 
 namespace {
-constexpr int block_threads = 256, blocks_at_once = 2;  // which leaves 128 registers to a thread
+constexpr int block_threads = 256, blocks_at_once = 2;  // per SM: 128 registers per thread
 
 template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <int n> using Constant = std::integral_constant<int, n>;
 
-// By name, because PyTorch's build turns the implicit conversions off.
+// Explicit conversions, because PyTorch's build disables the implicit ones.
 template <class T> __device__ T widen(T x) { return x; }
 __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float widen(__half x) { return __half2float(x); }
@@ -39,11 +39,11 @@ template <class T> __device__ void narrow(T x, T& to) { to = x; }
 __device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 
-// V neighbouring channels, loaded and stored together.
+// V adjacent channels, loaded and stored together.
 template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
-// Zeros where `there` is false: chosen for 16 bytes at once, because number by number takes far longer.
+// Zeros if `there` is false.  Selecting all 16 bytes at once is much faster than selecting number by number.
 template <int V, class T>
 __device__ Pack<T, V> load(const T* p, bool there = true) {
   if constexpr (sizeof(Pack<T, V>) == sizeof(uint4)) {
@@ -54,12 +54,12 @@ __device__ Pack<T, V> load(const T* p, bool there = true) {
 template <int V, class T>
 __device__ void store(T* p, const Pack<T, V>& pack) { *reinterpret_cast<Pack<T, V>*>(p) = pack; }
 
-// The strips of a thread: the first, and how far it is to the next one where the grid is smaller than the work.
+// A grid-stride loop over strips: a thread's first strip, and the stride to its next one.
 __device__ int64_t first_strip() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
 __device__ int64_t strips_at_once() { return int64_t(gridDim.x) * blockDim.y; }
 
 // ---------------------------------------------------------------- window partition and its backward
-// Bytes are moved and no numbers computed, in words of 16 or 2 bytes; a head's d channels are `size` words.
+// Only copies bytes, in words of 16 or 2 bytes.  A head's d channels take `size` words.
 template <class Word, bool backward>
 __global__ void partition_kernel(Windows g, unsigned size, Word* __restrict__ map, Word* __restrict__ windows) {
   const unsigned heads = g.heads, words = 3 * heads * size;  // words per token
@@ -79,7 +79,7 @@ __global__ void partition_kernel(Windows g, unsigned size, Word* __restrict__ ma
 }
 
 // ---------------------------------------------------------------- window merge + LIM and its backward
-// The weights of a thread's pack, from (k, k, C).  With k = K they stay in registers; K = 0 stands for any other k.
+// The weights (k, k, C) of a thread's pack.  For k = K they are kept in registers; K = 0 means any other k.
 template <class A, int V, int K> struct Weights {
   const A* in_memory;
   int64_t C;
@@ -90,8 +90,8 @@ template <class A, int V, int K> struct Weights {
   __device__ Pack<A, V> operator[](int64_t tap) const { return K ? in_registers[tap] : load<V>(in_memory + tap * C); }
 };
 
-// sum += the k x k neighbours of the token (y, x) times their weights; beyond the border they are zeros.  `here`: its
-// own pack, and `stride` numbers on the next token's.  mirrored: the way back, from outputs to what went into them.
+// sum += weight * neighbour over the k x k neighbours of token (y, x); zeros beyond the border.  `here` points to the
+// token's own pack, `stride` is the distance to the next token's.  mirrored: flipped weights, for the backward pass.
 template <int K, bool mirrored, class T, class A, int V>
 __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
                                int64_t stride, const Weights<A, V, K>& weights) {
@@ -101,7 +101,7 @@ __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k,
   for (int64_t ky = 0; ky < k; ++ky)
 #pragma unroll
     for (int64_t kx = 0; kx < k; ++kx) {
-      const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // unsigned below: -1 is beyond the last row, too
+      const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // as unsigned, -1 is out of range, too
       const auto neighbour = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
       const auto w = weights[mirrored ? k * k - 1 - tap : tap];
       for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   }
 }
 
-// dz and dqkv.
+// Computes dz and dqkv.
 template <class T, int V, int K>
 __global__ void __launch_bounds__(block_threads, blocks_at_once)
     merge_lim_backward_kernel(Windows g, int64_t k, const T* __restrict__ grad, const Sum<T>* __restrict__ weight,
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   }
 }
 
-// Adds up, in order, what each column of a block's threads holds: put(n, sum) for n in 0 .. blockDim.x · V.
+// Sums `held` over the columns of a block's threads, in order, and calls put(n, sum) for n in 0 .. blockDim.x · V.
 template <class A, int V, class Put>
 __device__ void sum_columns(const Pack<A, V>& held, Put put) {
   __shared__ Pack<A, V> shared[block_threads];
@@ -178,8 +178,8 @@ __device__ void sum_columns(const Pack<A, V>& held, Put put) {
   __syncthreads();
 }
 
-// parts (sum_parts, k² + 1, C): a block for each part of the strips and for each x packs of channels.  The bias is the
-// last "tap", whose input is 1.  Taps are summed ten at a time, which is all of them where k = 3.
+// Computes parts (sum_parts, k² + 1, C), with one block per part of the strips and per blockDim.x packs of channels.
+// The bias is the last "tap", with input 1.  Taps are summed ten at a time, which is all of them for k = 3.
 template <class T, int V, int K>
 __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
     parts_kernel(Windows g, int64_t any_k, const T* __restrict__ grad, const T* __restrict__ qkv,
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
   const int64_t c0 = int64_t(blockIdx.x) * blockDim.x * V, c = c0 + threadIdx.x * V;
   const int64_t begin = g.strips() * part / sum_parts, end = g.strips() * (part + 1) / sum_parts;
   for (int64_t first = 0; first <= taps; first += batch) {
-    int64_t dy[batch], dx[batch];  // where the taps lead, from V at a token to the outputs around it
+    int64_t dy[batch], dx[batch];  // offsets from a token to the outputs that its V contributes to
 #pragma unroll
     for (int u = 0; u < batch; ++u) {
       dy[u] = first + u < taps ? r - (first + u) / k : 0;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
   }
 }
 
-// The parts of each tap and channel: a column of a block's threads for each.
+// Sums the parts: one column of a block's threads per tap and channel.
 template <class A>
 __global__ void total_kernel(int64_t taps, int64_t C, const A* __restrict__ parts, A* __restrict__ dweight,
                              A* __restrict__ dbias) {
@@ -237,10 +237,10 @@ __global__ void total_kernel(int64_t taps, int64_t C, const A* __restrict__ part
   });
 }
 
-// ---------------------------------------------------------------- launches, and the choice of type, width and k
+// ---------------------------------------------------------------- launches, and dispatch on type, width and k
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A block for so many items side by side: x of them, or as few equal turns as a block's threads need, and y strips.
+// A block of x items by y strips.  If the items exceed a block's threads, x divides them into equal rounds.
 dim3 block_for(int64_t items) {
   const int64_t x = divide_up(items, divide_up(items, MAX_THREADS));
   return dim3(x, MAX_THREADS / x);
@@ -257,7 +257,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 template <class... Pointers>
 bool aligned(Pointers... p) { return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...); }
 
-// Calls f with a kernel's T (a zero of that type), V and K.  wide(V): whether V channels can be loaded together.
+// Calls f with a kernel's T (as a zero of that type), V and K.  wide(V): whether V channels can be loaded together.
 template <class Wide, class F>
 cudaError_t with_type(Type type, int64_t k, Wide wide, F f) {
   const auto with_k = [&](auto zero, auto V) { return k == 3 ? f(zero, V, Constant<3>{}) : f(zero, V, Constant<0>{}); };

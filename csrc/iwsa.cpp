@@ -1,27 +1,27 @@
-// IWSA on the CPU in one pass: all that lies between its two linear layers, (B, H, W, 3C) -> (B, H, W, C).
-// A thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in the cache,
-// attends, adds LIM and writes the result to its place: windows and attention matrices never reach memory.  Of a window
-// that the border cuts, only real tokens are gathered: nothing is masked.  The backward pass computes attention again.
+// IWSA on the CPU in one pass: everything between its two linear layers, (B, H, W, 3C) -> (B, H, W, C).
+// A thread takes one head of one window, gathers its Q, K and V into a few kB of buffers that stay in cache, computes
+// attention, adds LIM and writes the result to the map: windows and attention matrices never reach main memory.  Only
+// a window's real tokens are gathered, so nothing is masked.  The backward pass recomputes attention.
 #include <cmath>
 
 #include "cpu.h"
 
 namespace {
 constexpr int64_t LANES = 16, WIDTH = 2 * LANES;
-constexpr int64_t QUERIES = 56;  // taken at a time, so that the scores of a large window need not be stored whole
+constexpr int64_t QUERIES = 56;  // processed at a time: a large window's full score matrix is never stored
 
-// The left factor of a product: number (i, j) lies at numbers[i * row + j * column], so that it may be a transposed.
+// The left factor of a product, with strides: element (i, j) is numbers[i * row + j * column], so it may be transposed.
 template <class A> struct Left {
   A* numbers;
   int64_t row, column;
 };
 
-// A matrix of the buffers: rows begin at multiples of 32 numbers and end with padding.
+// A matrix buffer whose rows are padded to a multiple of 32 numbers.
 template <class A> struct Matrix {
   struct alignas(64) Line {
     A numbers[WIDTH];
   };
-  int64_t stride;  // from row to row
+  int64_t stride;  // between rows
   std::vector<Line> lines;
 
   Matrix(int64_t rows, int64_t columns) : stride((columns + WIDTH - 1) / WIDTH * WIDTH), lines(rows * stride / WIDTH) {}
@@ -31,7 +31,7 @@ template <class A> struct Matrix {
 };
 
 // ---------------------------------------------------------------- matrix product
-// out = a b, or += : `rows` x 2 x 16 numbers of out stay in registers while j runs over the inner dimension.
+// out = a b, or out += a b: a tile of `rows` x 2 x 16 numbers stays in registers while j runs over the inner dimension.
 template <int rows, class A>
 INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t b_row, A* out, int64_t out_row,
                                   bool add) {
@@ -47,11 +47,11 @@ INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t 
     for (int v = 0; v < 2; ++v) store<LANES>(out + i * out_row + v * LANES, sum[i][v]);
 }
 
-// b from row `b_first` on, out from row `out_first` on.
+// out[out_first:] = a b[b_first:], in tiles.
 template <class A>
 VECTORISED void product(int64_t rows, int64_t inner, int64_t columns, Left<A> a, Matrix<A>& b, int64_t b_first,
                         Matrix<A>& out, int64_t out_first, bool add = false) {
-  constexpr int64_t block = 7;  // 7 x 2 sums and 2 vectors of b fit in registers, and 49 tokens are 7 blocks
+  constexpr int64_t block = 7;  // 7 x 2 sums and 2 vectors of b fit in registers; 49 tokens are 7 blocks
   for (int64_t c = 0; c < columns; c += WIDTH)
     for (int64_t i = 0; i < rows;) {
       const Left<A> left = {a.numbers + i * a.row, a.row, a.column};
@@ -69,10 +69,10 @@ INLINED inline Vec<double, L> exp(Vec<double, L> x) {
   return x;
 }
 
-// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by its Taylor series, 2^n by adding n to the exponent; 0 below 2^-126.
+// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by Taylor series, 2^n by adding n to the exponent bits; 0 below 2^-126.
 template <int L>
 INLINED inline Vec<float, L> exp(Vec<float, L> x) {
-  constexpr float round = 0x1.8p23f;  // adding it leaves no room for a fraction
+  constexpr float round = 0x1.8p23f;  // adding and subtracting it rounds to an integer
   x *= 0x1.715476p0f;                 // 1 / ln 2
   const auto tiny = x < -126.0f;
   x = tiny ? Vec<float, L>{} : x;
@@ -86,7 +86,7 @@ INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   return tiny ? Vec<float, L>{} : power;
 }
 
-// f of all L numbers: of two halves, then of their halves.
+// Reduces the L numbers with f by repeated halving.
 template <int L, class A, class F>
 INLINED inline A reduce(Vec<A, L> v, F f) {
   if constexpr (L == 1) return v[0];
@@ -97,11 +97,11 @@ INLINED inline A reduce(Vec<A, L> v, F f) {
   }
 }
 
-// Softmax(scale s) of each row's n numbers, in place, and zeros in its padding; scale > 0.
+// In-place softmax(scale s) over the n numbers of each row, with zeros in the padding; scale > 0.
 template <class A>
 VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
   using V = Vec<A, LANES>;
-  A shift[QUERIES], weight[QUERIES];  // step by step over all rows: a row's steps wait for each other, rows do not
+  A shift[QUERIES], weight[QUERIES];  // one step for all rows at a time: steps depend on each other, rows do not
   for (int64_t i = 0; i < rows; ++i) {
     A* row = s.row(i);
     for (int64_t j = n; j < s.stride; ++j) row[j] = -INFINITY;
@@ -114,7 +114,7 @@ VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
   }
   for (int64_t i = 0; i < rows; ++i) {
     V sum = {};
-    for (int64_t j = 0; j < n; j += LANES) {  // subtracted before it is scaled: the rounding of large scores cancels
+    for (int64_t j = 0; j < n; j += LANES) {  // subtract first, then scale: no rounding errors from large scores
       const V power = exp<LANES>(scale * (load<LANES>(s.row(i) + j) - shift[i]));
       store<LANES>(s.row(i) + j, power);
       sum += power;
@@ -125,12 +125,12 @@ VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
     for (int64_t j = 0; j < n; j += LANES) store<LANES>(s.row(i) + j, load<LANES>(s.row(i) + j) * weight[i]);
 }
 
-// P and dP -> dS = P (dP - Σ P dP), in place of dP.
+// dS = P (dP - Σ P dP), written over dP.
 template <class A>
 VECTORISED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A>& dp) {
   for (int64_t i = 0; i < rows; ++i) {
     A *from = p.row(i), *to = dp.row(i);
-    std::fill(to + n, to + dp.stride, A(0));  // what another window left there may be NaN
+    std::fill(to + n, to + dp.stride, A(0));  // may hold NaN from another window
     Vec<A, LANES> sum = {};
     for (int64_t j = 0; j < n; j += LANES) sum += load<LANES>(from + j) * load<LANES>(to + j);
     const A total = reduce<LANES, A>(sum, [](auto a, auto b) INLINED { return a + b; });
@@ -145,7 +145,7 @@ VECTORISED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix
 }
 
 // ---------------------------------------------------------------- one head of one window
-// The buffers of one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V, equation (4), and what the backward pass needs.
+// Buffers for one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V of equation (4), and those of the backward pass.
 template <class A> struct Head {
   int64_t d;
   A scale;
@@ -169,7 +169,7 @@ template <class A> struct Head {
     }
   }
 
-  // dZ -> dQ and dK, both yet to be multiplied by the scale, and dV.
+  // dZ -> dQ, dK and dV; dQ and dK still lack the factor scale.
   void attend_backward(int64_t n) {
     transpose(n, d, key, key_t);
     transpose(n, d, v, v_t);
@@ -177,7 +177,7 @@ template <class A> struct Head {
       const int64_t m = std::min(QUERIES, n - i);
       scores(i, m, n);                                        // P
       product(m, d, n, dz.from(i), v_t, 0, ds, 0);            // dP = dZ Vᵀ
-      softmax_backward(m, n, p, ds);                          // dS, in place of dP
+      softmax_backward(m, n, p, ds);                          // dS, over dP
       product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);  // dV += Pᵀ dZ
       product(n, m, d, ds.transposed(), q, i, dk, 0, i > 0);  // dK += dSᵀ Q
       product(m, n, d, ds.from(0), key, 0, dq, i);            // dQ = dS K
@@ -185,7 +185,7 @@ template <class A> struct Head {
   }
 };
 
-// Where head i % heads of window i / heads lies: rows x columns of real tokens.
+// The place of head i % heads of window i / heads in the map: rows x columns of real tokens.
 struct Place {
   const Windows& g;
   int64_t channel, strip, rows, columns;
@@ -197,7 +197,7 @@ struct Place {
   int64_t token(int64_t y) const { return g.token(row(y).b, row(y).y, row(y).x); }
 };
 
-// The head's channels of the map (B, H, W, C), or of a third of one, `stride` numbers to a token.
+// Copies the head's channels out of a map (B, H, W, C), or Q, K or V of qkv; `stride` numbers per token.
 template <class T>
 void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
   for (int64_t y = 0; y < at.rows; ++y)

@@ -1,23 +1,23 @@
-// The kernels, on the CPU (cpu.cpp, iwsa.cpp) and the GPU (cuda.cu, the same).  Tensors are contiguous, except z.
-// Numbers are of `type`, and sums (weight, bias, their gradients, parts) in double for Float64, else in float.
+// The kernels for the CPU (cpu.cpp, iwsa.cpp) and the GPU (cuda.cu).  All tensors but z are contiguous.  Tensors are of
+// `type`; weight, bias, their gradients and parts have the accumulation type: double for Float64, else float.
 #pragma once
 #include "windows.h"
 
 enum class Type { Float32, Float64, BFloat16, Float16 };
 
-// The weight's gradient is summed in parts and then over the parts, in an order that the shape alone decides: the same
-// bits in every run.  `parts` (sum_parts, k² + 1, C) is room for them; its last row is the bias's.
+// The weight's gradient is summed in parts, then over the parts, in an order that depends only on the shape: results
+// are bitwise reproducible.  `parts` (sum_parts, k² + 1, C) is the workspace; its last row belongs to the bias.
 constexpr int64_t sum_parts = 256;
 
 namespace cpu {
-// map (B, H, W, 3C) -> windows (3, B·h·w, heads, M², d) with zeros beyond the border, or, `backward`, the other way.
+// map (B, H, W, 3C) -> windows (3, B·h·w, heads, M², d), zero-padded; if `backward`, windows -> map.
 void partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward);
 
-// out (B, H, W, C) = z in place + depthwise k x k convolution of V.  weight (k, k, C) and bias (C).
+// out (B, H, W, C) = merged z + depthwise k x k convolution of V.  weight (k, k, C), bias (C).
 void merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
                const void* weight, const void* bias, void* out);
 
-// dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), dweight (C, 1, k, k) and dbias (C).
+// Outputs: dz (B·h·w, heads, M², d), dqkv (B, H, W, 3C), dweight (C, 1, k, k), dbias (C).
 void merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
                         void* dz, void* dqkv, void* dweight, void* dbias, void* parts);
 

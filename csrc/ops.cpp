@@ -1,11 +1,11 @@
-// What ops.py calls, with checked arguments: each function makes what goes out (kernels.h) and starts the kernel.
+// Called by ops.py with checked arguments: each function allocates the outputs and starts a kernel (kernels.h).
 #include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "kernels.h"
 
-// RUN starts a kernel on t's device, on a GPU on its current stream.  To tests/cuda_on_cpu every tensor is ON_CUDA.
+// RUN starts a kernel on t's device (on a GPU, on the current stream).  tests/cuda_on_cpu redefines ON_CUDA as true.
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -41,7 +41,7 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window) {
   return {qkv.size(0), qkv.size(1), qkv.size(2), heads, qkv.size(3) / 3 / heads, window};
 }
 
-// The weight (C, 1, k, k) or the bias (C) as the kernels want it: in the type that sums are formed in, channels last.
+// The weight (C, 1, k, k) or the bias (C) as the kernels take it: in the accumulation type, channels last.
 Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
   const Tensor sum = t.to(at::toOpMathType(qkv.scalar_type()));
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();

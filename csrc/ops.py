@@ -1,6 +1,6 @@
-"""The operators torch.ops.scalablevit.*: all that PyTorch has to know of them besides the kernels (ops.cpp).
+"""The operators torch.ops.scalablevit.*: everything PyTorch needs besides the kernels (ops.cpp).
 
-Each is a schema, a check of what comes in, a kernel, the shapes that go out (for torch.compile), a gradient and a cost.
+Each has a schema, argument checks, a kernel, a fake implementation (output shapes), a gradient and a FLOP formula.
 """
 import torch
 from torch import _check as require
@@ -14,23 +14,23 @@ LIBRARY = Library("scalablevit", "DEF")
 ops = torch.ops.scalablevit
 
 
-def windows(H, W, M):                                               # how many a map has
+def windows(H, W, M):                                               # number of windows in a map
     return -(-H // M) * -(-W // M)
 
 
 def check(qkv, heads, M, **others):
-    """(B, H, W, C) of qkv (B, H, W, 3C).  Raises RuntimeError for what does not fit, saying what does."""
+    """Check qkv (B, H, W, 3C) and the other tensors; returns B, H, W, C.  Raises RuntimeError with what is accepted."""
     require(qkv.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16),
             lambda: f"expected float32, float64, bfloat16 or float16, got {qkv.dtype}")
     require(qkv.ndim == 4, lambda: f"qkv must have shape (B, H, W, 3C), got {tuple(qkv.shape)}")
     B, H, W, channels = qkv.shape
-    require(0 < H < 2 ** 31 and 0 < W < 2 ** 31, lambda: f"H and W must be at least one and below 2^31, got {H} x {W}")
+    require(0 < H < 2 ** 31 and 0 < W < 2 ** 31, lambda: f"H and W must be at least 1 and below 2^31, got {H} x {W}")
     require(heads >= 1 and channels > 0 and channels % (3 * heads) == 0,
             lambda: f"qkv must have 3·heads·d channels, got {channels} channels and heads={heads}")
-    require(0 < M < 2 ** 15 and M * channels < 2 ** 29,             # the kernels count within a window's row in 32 bits
+    require(0 < M < 2 ** 15 and M * channels < 2 ** 29,             # kernels use 32-bit offsets within a window's row
             lambda: f"window must be in 1 .. 2^15 - 1, and window · 3C below 2^29, got {M} with 3C = {channels}")
     C, d = channels // 3, channels // (3 * heads)
-    sums = torch.promote_types(qkv.dtype, torch.float32)            # the parameters' dtype under autocast
+    sums = torch.promote_types(qkv.dtype, torch.float32)            # dtype of the parameters under autocast
     for name, tensor in others.items():
         k, like = tensor.shape[-1] if tensor.ndim else 0, others["weight"] if name == "bias" else qkv
         dtypes = (qkv.dtype, sums) if name == "weight" else (like.dtype,)
@@ -46,13 +46,13 @@ def check(qkv, heads, M, **others):
 
 
 def operator(schema, devices=_C.devices):
-    """Defines the operator whose arguments the decorated function checks; it returns what makes the fake outputs."""
+    """Define an operator.  The decorated function checks its arguments and returns a function making fake outputs."""
     def define(checked):
         name, kernel = f"scalablevit::{checked.__name__}", getattr(_C, checked.__name__)
         LIBRARY.define(checked.__name__ + schema)
 
         def run(*args):
-            require(forward_ad._current_level < 0, lambda: "the kernels have no forward-mode derivative: unfuse(model)")
+            require(forward_ad._current_level < 0, lambda: "the kernels have no forward-mode AD: use unfuse(model)")
             checked(*args)
             return kernel(*args)
 
@@ -107,7 +107,7 @@ def iwsa_backward(grad, qkv, weight, heads, M):                     # -> the gra
 
 # ---------------------------------------------------------------------------- gradients
 def gradient(name, keep, backward):
-    """`keep` takes the operator's inputs to the tensors and the sizes that its `backward` needs."""
+    """Register `backward`; `keep` maps the operator's inputs to the tensors and sizes that it needs."""
     def save(ctx, inputs, output):
         tensors, ctx.sizes = keep(*inputs)
         ctx.save_for_backward(*tensors)
@@ -116,7 +116,7 @@ def gradient(name, keep, backward):
 
 
 def no_second_derivative(ctx, *grads):
-    raise NotImplementedError("the kernels have no second derivative of LIM or IWSA: scalablevit_kernels.unfuse(model)")
+    raise NotImplementedError("LIM and IWSA kernels have no second derivatives: use scalablevit_kernels.unfuse(model)")
 
 
 gradient("window_partition", lambda qkv, heads, M: ((), (*qkv.shape[1:3], M)),
@@ -131,16 +131,16 @@ gradient("window_merge_lim_backward", lambda *inputs: ((), ()), no_second_deriva
 gradient("iwsa_backward", lambda *inputs: ((), ()), no_second_derivative)
 
 
-# ---------------------------------------------------------------------------- cost, as PyTorch counts the plain form's
-def flop(shape, weight, backward, heads=None, M=None):              # shape: (B, H, W, C); heads and M: with attention
+# ---------------------------------------------------------------------------- cost, as PyTorch counts the plain code
+def flop(shape, weight, backward, heads=None, M=None):              # shape (B, H, W, C); with heads, M: plus attention
     B, H, W, C = shape
     image = B, C, H, W
-    unused = [None] * 4                                             # bias, stride, padding and dilation
+    unused = [None] * 4                                             # bias, stride, padding, dilation
     lim = (conv_backward_flop(image, image, weight, *unused, False, None, C, [True] * 3, out_val=(image, weight, (C,)))
            if backward else conv_flop(image, weight, *unused, False, out_val=image))
     if heads is None:
         return lim
-    n, d = B * windows(H, W, M) * heads, C // heads                 # whole windows; what is computed again counts once
+    n, d = B * windows(H, W, M) * heads, C // heads                 # counts whole windows, but no recomputation
     return lim + (4 if backward else 2) * bmm_flop((n, M * M, d), (n, d, M * M))
 
 
