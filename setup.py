@@ -1,8 +1,8 @@
-"""Installs scalablevit.py, and builds its C++/CUDA extension (csrc/) where PyTorch and a C++ compiler are there.
+"""Installs scalablevit.py, and builds its C++/CUDA extension (csrc/) if PyTorch and a C++ compiler are available.
 
-    pip install .                              the Python module alone: pip's build isolation hides PyTorch from here
-    pip install --no-build-isolation .         and the kernels, built against the PyTorch that is installed
-    FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation .    and those for a GPU that is not here
+    pip install .                              only the Python module: pip's build isolation hides PyTorch
+    pip install --no-build-isolation .         plus the kernels, built against the installed PyTorch
+    FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation .    plus CUDA kernels, without a GPU present
 """
 import glob
 import os
@@ -14,7 +14,7 @@ from setuptools.command.sdist import sdist
 
 
 class SourceDist(sdist):
-    """A source distribution has all that is needed to build, test and train."""
+    """A source distribution with everything needed to build, test and train."""
 
     def make_release_tree(self, base_dir, files):
         own = [file for folder in ("csrc", "docs", "tests") for file in glob.glob(f"{folder}/**/*.*", recursive=True)
@@ -23,22 +23,22 @@ class SourceDist(sdist):
 
 
 def extension():
-    """The arguments of `setup` that build the extension; none where it cannot be built, with a line that says why."""
+    """Arguments of `setup` that build the extension; if it cannot be built, none, and the reason is printed."""
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
         reason = shutil.which(os.environ.get("CXX", "c++").split()[0]) is None and "there is no C++ compiler"
     except ImportError:
-        reason = "PyTorch cannot be imported here (pip install --no-build-isolation lets it be)"
+        reason = "PyTorch cannot be imported (use pip install --no-build-isolation)"
     if reason:
-        print(f"scalablevit: pure Python, without the C++/CUDA kernels: {reason}", file=sys.stderr)
+        print(f"scalablevit: installing without the C++/CUDA kernels: {reason}", file=sys.stderr)
         return {}
     force_cuda = os.environ.get("FORCE_CUDA") == "1"
     cuda = CUDA_HOME and torch.version.cuda and (torch.cuda.is_available() or force_cuda)
     if force_cuda and not cuda:
-        print("scalablevit: kernels for the CPU only: FORCE_CUDA=1 needs a CUDA build of PyTorch and a CUDA toolkit",
+        print("scalablevit: building CPU kernels only: FORCE_CUDA=1 needs a CUDA build of PyTorch and a CUDA toolkit",
               file=sys.stderr)
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []       # what at::parallel_for runs on
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []       # for at::parallel_for
     sources = ["csrc/ops.cpp", "csrc/cpu.cpp", "csrc/iwsa.cpp"] + (["csrc/cuda.cu"] if cuda else [])
     module = (CUDAExtension if cuda else CppExtension)(
         "scalablevit_kernels._C", sources, depends=glob.glob("csrc/*.h"),

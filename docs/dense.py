@@ -1,4 +1,4 @@
-"""The data and the loop that trains, for detection.py and segmentation.py.  On a CPU or one GPU.  Needs torchvision."""
+"""Data and training loop of detection.py and segmentation.py, for a CPU or one GPU.  Needs torchvision."""
 import argparse
 import contextlib
 import io
@@ -14,18 +14,18 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
 import scalablevit  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ---------------------------------------------------------------------------- Drawn data
+# ---------------------------------------------------------------------------- Synthetic data
 def draw(n, size=64):
-    """n images (n, 3, size, size) and labels (n, size, size): 0 background, 1 lying ellipses, 2 discs, 3 standing.
+    """n images (n, 3, size, size) with labels (n, size, size): 0 background, 1 wide ellipses, 2 discs, 3 tall ellipses.
 
-    A third tensor, shaped like the labels, numbers the shapes of an image from 1 on.  Background and shapes draw their
-    colours alike, so a pixel's colour says nothing about its class; the outline does.
+    Returns images, labels and instance numbers (shaped like the labels, from 1).  Colors of background and shapes come
+    from the same distribution, so a pixel's color says nothing about its class; only the outline does.
     """
     images, labels = torch.randn(n, 3, 1, 1).repeat(1, 1, size, size), torch.zeros(n, size, size, dtype=torch.long)
     row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -41,7 +41,7 @@ def draw(n, size=64):
 
 
 def draw_coco(root, split, n, size):
-    """n images of drawn shapes as one split of a COCO folder."""
+    """Write n images of random shapes as one split of a COCO folder."""
     from pycocotools import mask as rle
     coco = {"images": [], "annotations": [], "categories": [{"id": i, "name": f"kind {i}"} for i in (1, 2, 3)]}
     for folder in (root / f"{split}2017", root / "annotations"):
@@ -49,7 +49,7 @@ def draw_coco(root, split, n, size):
     for i, (image, labels, numbers) in enumerate(zip(*draw(n, size))):
         save_image(image / 6 + 0.5, root / f"{split}2017" / f"{i}.png")
         coco["images"].append({"id": i, "file_name": f"{i}.png", "height": size, "width": size})
-        for mask in (numbers == k for k in range(1, 5)):            # (size, size): what is seen of a shape
+        for mask in (numbers == k for k in range(1, 5)):            # (size, size): the visible part of a shape
             if mask.sum() >= 20:
                 code = rle.encode(np.asfortranarray(mask, np.uint8))
                 coco["annotations"].append({
@@ -61,14 +61,14 @@ def draw_coco(root, split, n, size):
 
 # ---------------------------------------------------------------------------- COCO and ADE20K
 def coco(root, split):
-    """One split of a COCO folder, "train" or "val", as torchvision's detectors take it; labels are category ids."""
+    """One split ("train" or "val") of a COCO folder in torchvision's detection format; labels are category ids."""
     transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]                  # (3, H, W) in [0, 1]
     if split == "train":
         transforms += [v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes()]
-    with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools talks
+    with contextlib.redirect_stdout(io.StringIO()):                 # pycocotools prints
         dataset = datasets.CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json",
                                          transforms=v2.Compose(transforms))
-    if split == "train":                                            # crowds and images without objects teach nothing
+    if split == "train":                                            # skip crowds, and images without objects
         objects = dataset.coco.imgToAnns
         objects.update({i: [a for a in of_image if not a["iscrowd"]] for i, of_image in objects.items()})
         dataset.ids = [i for i in dataset.ids if objects[i]]
@@ -76,10 +76,10 @@ def coco(root, split):
 
 
 class ADE20K(torch.utils.data.Dataset):
-    """(image (3, H, W), labels (H, W): 0 to 149, and 255 for none) of one split, "training" or "validation".
+    """Pairs of image (3, H, W) and labels (H, W) (0 to 149, 255 for none); split is "training" or "validation".
 
-    The image's shorter side becomes `size`, its longer one at most 4 · size; for training, size x size are cut out of
-    it.  Labels for validation keep their own size.
+    Images are resized so that the shorter side is `size` and the longer at most 4 · size.  Training takes random crops
+    of size x size; validation labels keep their original size.
     """
 
     def __init__(self, root, split, size=512):
@@ -97,7 +97,7 @@ class ADE20K(torch.utils.data.Dataset):
     def __getitem__(self, index):
         file = self.images[index]
         image = v2.functional.to_image(Image.open(file).convert("RGB"))
-        labels = tv_tensors.Mask(Image.open(self.annotations / f"{file.stem}.png")) - 1  # of 8 bits: 0 becomes 255
+        labels = tv_tensors.Mask(Image.open(self.annotations / f"{file.stem}.png")) - 1  # uint8: 0 wraps to 255
         image = self.resize(v2.functional.to_dtype(image, scale=True))
         image = v2.functional.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         if self.training:
@@ -107,7 +107,7 @@ class ADE20K(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------- Training
 def pretrained(name, file=None):
-    """The backbone scalablevit_NAME without a head; with the weights of a file, published or of train_minimal.py."""
+    """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py."""
     backbone = getattr(scalablevit, f"scalablevit_{name}")(num_classes=0)
     if file:
         weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -119,7 +119,7 @@ def pretrained(name, file=None):
 
 
 def batches(dataset, batch_size, workers=0, collate=None):
-    """Shuffled batches of a data set without end; a last one that is not full is left out."""
+    """Endless shuffled batches of a dataset; an incomplete last batch is dropped."""
     loader = torch.utils.data.DataLoader(dataset, min(batch_size, len(dataset)), shuffle=True, num_workers=workers,
                                          collate_fn=collate, drop_last=True)
     while True:
@@ -127,21 +127,21 @@ def batches(dataset, batch_size, workers=0, collate=None):
 
 
 def multi_step(steps, falls, warmup=500):
-    """Appendix C's schedule of detection: a linear rise, and a tenth after each of `falls`, parts of all the steps.
+    """Appendix C's detection schedule: linear warm-up, then x 0.1 at each of `falls`, given as fractions of all steps.
 
-    A run of less than 5000 steps rises over a tenth of them.  Returns the learning rate's factor at a step.
+    Runs of fewer than 5000 steps warm up over a tenth of them.  Returns step -> factor of the learning rate.
     """
     warmup = min(warmup, steps / 10)
     return lambda step: min(1, (step + 1) / warmup) * 0.1 ** sum(step >= fall * steps for fall in falls)
 
 
 def polynomial(steps, power):
-    """Appendix C's schedule of segmentation: down to 0.  Returns the learning rate's factor at a step."""
+    """Appendix C's segmentation schedule: polynomial decay to 0.  Returns step -> factor of the learning rate."""
     return lambda step: (1 - step / steps) ** power
 
 
 def train(model, loss, batches, steps, rate, lr, weight_decay, report=None):
-    """AdamW steps on loss(model, *batch) at a learning rate of lr · rate(step); prints and calls report() 20 times."""
+    """Train with AdamW on loss(model, *batch), learning rate lr · rate(step); prints and calls report() 20 times."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses, start = [], time.time()
@@ -162,7 +162,7 @@ def train(model, loss, batches, steps, rate, lr, weight_decay, report=None):
 
 
 def save(model, file):
-    """The model's weights, never half a file."""
+    """Save the model's weights atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     torch.save(model.state_dict(), part)
@@ -170,14 +170,14 @@ def save(model, file):
 
 
 def arguments(description, frameworks, folder):
-    """The options that both programs have."""
+    """Command line options common to both programs."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help=f"{folder}; what is drawn if none is given")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help=f"{folder} (default: synthetic images)")
     parser.add_argument("--framework", choices=frameworks, default=frameworks[0])
     parser.add_argument("--model", choices=("tiny", "s", "b", "l"), default="tiny", help="the backbone")
-    parser.add_argument("--init", metavar="FILE", help="the backbone's weights: published, or of train_minimal.py")
+    parser.add_argument("--init", metavar="FILE", help="backbone weights: published, or from train_minimal.py")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, help="instead of Table 8's")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--lr", type=float, help="learning rate (default: Table 8's)")
+    parser.add_argument("--workers", type=int, default=0, help="data loading processes")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/dense"), metavar="DIR")
     return parser

@@ -1,10 +1,10 @@
 """RetinaNet and Mask R-CNN on ScalableViT (Table 3 of the paper), from torchvision.  Needs pip install '.[detection]'
 
-    python docs/detection.py                        draws scenes, trains a small Mask R-CNN on them, prints its AP
+    python docs/detection.py                        train a small Mask R-CNN on synthetic scenes, print its AP
     python docs/detection.py --data DIR --model s --init published.pth          the paper's run, on one GPU
 
-DIR is a COCO folder: train2017/, val2017/ and annotations/instances_{train,val}2017.json.  Optimizer and schedule are
-by default those of Appendix C; new layers begin as torchvision makes them.
+DIR is a COCO folder: train2017/, val2017/ and annotations/instances_{train,val}2017.json.  Optimizer and schedule
+default to Appendix C's; new layers have torchvision's initialization.
 """
 import contextlib
 import copy
@@ -22,14 +22,14 @@ from torchvision.transforms import v2
 
 import dense
 
-SCHEDULES = {"1x": (12, (8 / 12, 11 / 12), (800,)),                  # epochs; the parts of them after which the rate
-             "3x": (36, (27 / 36, 33 / 36), tuple(range(480, 801)))}         # falls to a tenth; shorter sides of images
+SCHEDULES = {"1x": (12, (8 / 12, 11 / 12), (800,)),                  # epochs; fractions of them after which the rate
+             "3x": (36, (27 / 36, 33 / 36), tuple(range(480, 801)))}         # drops to a tenth; shorter sides of images
 TABLE_8 = {("retinanet", "1x"): (1e-4, 1e-4), ("retinanet", "3x"): (1e-4, 5e-2),        # learning rate, weight decay
            ("mask_rcnn", "1x"): (2e-4, 1e-4), ("mask_rcnn", "3x"): (1e-4, 5e-2)}
 
 
 class Pyramid(torch.nn.Module):
-    """Images (B, 3, H, W) -> {"0": (B, width, ⌈H/s⌉, ⌈W/s⌉), ...}: a feature pyramid on the maps from `first` on."""
+    """Feature pyramid on the backbone's maps from index `first`: images -> {"0": (B, width, ⌈H/s⌉, ⌈W/s⌉), ...}."""
 
     def __init__(self, backbone, first, width, extra):
         super().__init__()
@@ -45,7 +45,7 @@ class Pyramid(torch.nn.Module):
 def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
     """torchvision's RetinaNet on strides 8 to 128; as in Table 3, P6 comes from the backbone's last map, P7 from P6.
 
-    num_classes counts the background, as torchvision does; `anchor` is the smallest anchor's side in pixels.
+    num_classes includes the background, as in torchvision; `anchor` is the side of the smallest anchor in pixels.
     """
     sides = tuple(tuple(anchor * 2 ** (i + j / 3) for j in range(3)) for i in range(5))
     return RetinaNet(Pyramid(backbone, 1, width, LastLevelP6P7(backbone.num_features, width)), num_classes,
@@ -53,7 +53,7 @@ def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
 
 
 def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
-    """torchvision's Mask R-CNN on strides 4 to 64.  Arguments as above; width 256 gives its usual heads."""
+    """torchvision's Mask R-CNN on strides 4 to 64.  Arguments as above; width 256 gives the standard heads."""
     anchors = AnchorGenerator(tuple((anchor * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
     return MaskRCNN(Pyramid(backbone, 0, width, LastLevelMaxPool()), rpn_anchor_generator=anchors,
                     box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
@@ -63,19 +63,19 @@ def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
 
 
 def loss(model, images, targets):
-    """The sum of the framework's losses, which torchvision computes."""
+    """Sum of the losses that torchvision computes."""
     targets = [{k: v.to(dense.DEVICE) for k, v in target.items() if k != "image_id"} for target in targets]
     return sum(model([image.to(dense.DEVICE) for image in images], targets).values())
 
 
 @torch.no_grad()
 def detect(model, image):
-    """What the model finds in one image (3, H, W): boxes, labels, scores and, of Mask R-CNN, masks; on the CPU."""
+    """Detections in one image (3, H, W), on the CPU: boxes, labels, scores and, for Mask R-CNN, masks."""
     return {name: found.cpu() for name, found in model.eval()([image.to(dense.DEVICE)])[0].items()}
 
 
 def evaluate(model, dataset):
-    """AP and AP50 in % to one decimal, by pycocotools: {"bbox": (AP, AP50)}, and "segm" if the model finds masks."""
+    """AP and AP50 in %, rounded to one decimal, from pycocotools: {"bbox": (AP, AP50)}, and "segm" for masks."""
     from pycocotools import cocoeval, mask
     results = []
     for image, target in dataset:
@@ -89,7 +89,7 @@ def evaluate(model, dataset):
     if not results:
         return {kind: (0.0, 0.0) for kind in kinds}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = copy.deepcopy(dataset.coco)                         # pycocotools rewrites its masks
+        truth = copy.deepcopy(dataset.coco)                         # pycocotools modifies its masks
         scores = [cocoeval.COCOeval(truth, truth.loadRes(results), kind) for kind in kinds]
         for score in scores:
             score.evaluate(), score.accumulate(), score.summarize()
@@ -97,7 +97,7 @@ def evaluate(model, dataset):
 
 
 def picture(model, dataset, file, n=6):
-    """Figure 5: the first n images side by side, with the boxes and masks that score above 0.5; a colour is a class."""
+    """As in Figure 5: the first n images with boxes and masks of scores above 0.5, colored by class."""
     shown, colours = [], ("red", "lime", "cyan", "yellow", "magenta", "orange")
     for i in range(min(n, len(dataset))):
         image, found = dataset[i][0], detect(model, dataset[i][0])
@@ -112,7 +112,7 @@ def picture(model, dataset, file, n=6):
 
 
 def run(args, **kwargs):
-    """Trains on args.data, evaluates before and after, and draws a picture; kwargs are the framework's."""
+    """Train on args.data, evaluate before and after, and save a picture; kwargs go to the framework."""
     epochs, falls, sides = SCHEDULES[args.schedule]
     epochs, sides = args.epochs or epochs, (args.size,) if args.size else sides
     lr, weight_decay = TABLE_8[args.framework, args.schedule]
@@ -132,8 +132,8 @@ def run(args, **kwargs):
 def main():
     parser = dense.arguments("RetinaNet and Mask R-CNN on ScalableViT.", ["mask_rcnn", "retinanet"], "a COCO folder")
     parser.add_argument("--schedule", choices=SCHEDULES, default="1x")
-    parser.add_argument("--epochs", type=int, help="instead of the schedule's")
-    parser.add_argument("--size", type=int, help="the shorter side of all images, instead of the schedule's")
+    parser.add_argument("--epochs", type=int, help="(default: the schedule's)")
+    parser.add_argument("--size", type=int, help="shorter side of all images (default: the schedule's)")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.data:

@@ -1,16 +1,16 @@
 """The pictures in this folder.  Needs matplotlib: pip install '.[figures]'
 
-    python docs/figures.py                          all that follow
-    python docs/figures.py maps                     feature maps (Figures 1 and 7) of networks trained here, in minutes
-    python docs/figures.py maps --data DIR          trained on DIR/train/CLASS/*.jpg instead of drawn shapes
+    python docs/figures.py                          all of the following
+    python docs/figures.py maps                     feature maps (Figures 1 and 7); trains the networks, in minutes
+    python docs/figures.py maps --data DIR          trained on DIR/train/CLASS/*.jpg instead of synthetic shapes
     python docs/figures.py maps --image FILE --weights FILE ...         of other networks, one column per file
     python docs/figures.py field                    the receptive field of a token
     python docs/figures.py cost                     cost against resolution
-    python docs/figures.py curves --log runs/tiny/log.jsonl             the curves of a run of train_minimal.py
+    python docs/figures.py curves --log runs/tiny/log.jsonl             learning curves of a run of train_minimal.py
 
-Each picture is a function that returns its figure: in a notebook, import figures and figures.field(); draw one.
-The files of --weights are checkpoints of train_minimal.py, published models, or plain state dicts.  What "config" in
-them does not say is read off the parameters: they do not tell SWSA from WSA, nor the size of windows, taken as 7.
+Each picture is a function that returns a figure; in a notebook: import figures; figures.field().
+--weights takes checkpoints of train_minimal.py, published models or plain state dicts.  Arguments missing from
+"config" are inferred from the parameters, which cannot distinguish SWSA from WSA; the window size is assumed to be 7.
 """
 import argparse
 import io
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
 import dense  # noqa: E402
 import segmentation  # noqa: E402
 from scalablevit import (  # noqa: E402
@@ -43,9 +43,9 @@ NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA (LIM)", "swsa": "SWSA", "ssa"
 
 # ---------------------------------------------------------------------------- Figures 1 and 7
 def trained(kind, data=None, steps=1200, folder=pathlib.Path("runs/figures")):
-    """-> the file in `folder` with a tiny network that has one kind of attention; it is trained if it is not there.
+    """The file in `folder` with a tiny network of one kind of attention, which is trained if the file does not exist.
 
-    It learns the classes of data/train/CLASS/*.jpg or, without data, to segment drawn shapes.
+    It is trained to classify data/train/CLASS/*.jpg or, without data, to segment synthetic shapes.
     """
     file = folder / f"{kind}-{data.name if data else 'drawn'}-{steps}.pt"
     if not file.exists():
@@ -65,8 +65,8 @@ def trained(kind, data=None, steps=1200, folder=pathlib.Path("runs/figures")):
 
 
 def load(file):
-    """-> the network whose weights the file holds, without its head, and its name: "WSA", "IWSA & SSA", ..."""
-    with torch.serialization.safe_globals([argparse.Namespace]):     # a published file may hold its training arguments
+    """The network stored in a file, without its head, and its name: "WSA", "IWSA & SSA", ..."""
+    with torch.serialization.safe_globals([argparse.Namespace]):     # published files may hold training arguments
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     weights, known = checkpoint.get("model", checkpoint), checkpoint.get("config", {})
     if "patch_embeds.0.proj.weight" in weights:
@@ -78,8 +78,8 @@ def load(file):
     layers = [{name.split(".")[5] for name in weights if name.startswith(f"stages.0.blocks.{j}.attn.")} for j in (0, 1)]
     pattern = [next((kind for kind, layer in telling.items() if layer in own), "wsa") for own in layers]
     if dim not in (24, 64, 96, 128):
-        raise SystemExit(f"{file}: {dim} channels in the first stage are those of no scalablevit_*")
-    heads = [max(dim // 32, 1) * 2 ** i for i in stages]            # of all four sizes; the parameters do not tell
+        raise SystemExit(f"{file}: no scalablevit_* has {dim} channels in its first stage")
+    heads = [max(dim // 32, 1) * 2 ** i for i in stages]            # true for all four sizes; parameters do not tell
     rc = [1.0] * len(depths)
     if "ssa" in pattern:
         j = pattern.index("ssa")
@@ -92,7 +92,7 @@ def load(file):
 
 @torch.no_grad()
 def block_outputs(model, images):
-    """What each block of the network makes of images (B, 3, H, W), first to last: a list of (B, H_i, W_i, C_i)."""
+    """Outputs of all blocks for images (B, 3, H, W), in order: a list of (B, H_i, W_i, C_i)."""
     after = []
     hooks = [block.register_forward_hook(lambda block, _, x: after.append(x))
              for stage in model.stages for block in stage.blocks]
@@ -103,7 +103,7 @@ def block_outputs(model, images):
 
 
 def border_step(tokens, M=7):
-    """Mean step between neighbouring tokens (H, W, C) of two windows over that within one; nan without borders."""
+    """Mean distance between adjacent tokens (H, W, C) across window borders over that within windows, or nan."""
     across, inside = [], []
     for x in (tokens, tokens.transpose(0, 1)):
         steps = (x[1:] - x[:-1]).norm(dim=-1)                                           # (n - 1, other axis)
@@ -114,9 +114,9 @@ def border_step(tokens, M=7):
 
 
 def maps(image=DOCS / "cat.jpg", weights=None, data=None):
-    """After the 2nd, the 4th and the last block: the mean over channels of the size of the features.
+    """Mean absolute feature over channels after the 2nd, the 4th and the last block.
 
-    Beside them stands the image with the borders of windows; below each map, its border step.
+    The image with the window borders is shown on the left; below each map is its `border_step`.
     """
     picture = Image.open(image).convert("RGB")
     networks = [load(file) for file in weights or [trained(kind, data) for kind in ("wsa", "iwsa", "ssa")]]
@@ -140,12 +140,12 @@ def maps(image=DOCS / "cat.jpg", weights=None, data=None):
 
 # ---------------------------------------------------------------------------- receptive fields
 def field(side=28, dim=16):
-    """The size of d(one output token)/d(input tokens) after 1, 2, 4 fresh blocks, and the share that is not 0."""
+    """Norm of d(one output token)/d(input tokens) after 1, 2, 4 untrained blocks, and the share that is not 0."""
     figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.6))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
             torch.manual_seed(0)
-            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # every other block as Swin has it
+            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # alternating, as in Swin
             attentions = [SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2) for k in kinds[:n]]
             net = torch.nn.Sequential(*(Block(attn, dim, 4, 0) for attn in attentions)).apply(init_weights).double()
             x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
@@ -167,13 +167,13 @@ def field(side=28, dim=16):
 
 # ---------------------------------------------------------------------------- cost
 def macs_by_part(model, side):
-    """Of one image, in billions: convolutions and linears, Q K^T and A V of the window attentions, those of SSA.
+    """GMACs for one image: convolutions and linear layers; Q K^T and A V of window attention; those of SSA.
 
-    The model lies on the meta device: shapes without memory.
+    The model must be on the meta device (shapes without memory).
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, side, side, device="meta"))
-    flops = counter.get_flop_counts()                               # two for each multiply-accumulate
+    flops = counter.get_flop_counts()                               # two per multiply-accumulate
     products = {name: flops[f"ScalableViT.{name}"][torch.ops.aten.bmm]
                 for name, _ in model.named_modules() if name.endswith(".attn")}
     both = sum(products.values())
@@ -182,7 +182,7 @@ def macs_by_part(model, side):
 
 
 def cost(sides=(224, 336, 448, 672, 896, 1344)):
-    """MACs of one image by part, and one thread's time for one image with the tiny network."""
+    """MACs for one image by part, and the tiny network's time for one image on one thread."""
     with torch.device("meta"):
         model = scalablevit_s(num_classes=0)
     parts = zip(*(macs_by_part(model, side) for side in sides))
@@ -217,9 +217,9 @@ def cost(sides=(224, 336, 448, 672, 896, 1344)):
     return figure
 
 
-# ---------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------- training curves
 def curves(log):
-    """Training loss, top-1 accuracy and learning rate, epoch by epoch, of a log.jsonl of train_minimal.py."""
+    """Training loss, top-1 accuracy and learning rate per epoch, from train_minimal.py's log.jsonl."""
     epochs = [json.loads(line) for line in pathlib.Path(log).read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
     for axis, key, label in zip(axes, ("loss", "top1", "lr"), ("training loss", "top-1, %", "learning rate")):
@@ -235,7 +235,7 @@ def without_ticks(figure):
 
 
 def save(figure, file):
-    """As a PNG of 256 colours, which is a third as large."""
+    """Save as a PNG with 256 colors, a third of the size."""
     figure.tight_layout()
     png = io.BytesIO()
     figure.savefig(png, dpi=80)
@@ -245,11 +245,11 @@ def save(figure, file):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The pictures of docs/.")
+    parser = argparse.ArgumentParser(description="Draws the pictures in docs/.")
     parser.add_argument("figures", nargs="*", help="maps, field, cost, curves (default: all)")
     parser.add_argument("--image", default=DOCS / "cat.jpg", help="for maps (default: docs/cat.jpg)")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="for maps (default: three networks trained here)")
-    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="to train them on (default: drawn shapes)")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="to train them on (default: synthetic shapes)")
     parser.add_argument("--log", default="runs/tiny/log.jsonl", help="for curves (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=DOCS, metavar="DIR", help="default: docs")
     args = parser.parse_args()
@@ -257,7 +257,7 @@ def main():
             "curves": lambda: curves(args.log)}
     for name in args.figures:
         if name not in make:
-            parser.error(f"figures are {', '.join(make)}, got {name!r}")
+            parser.error(f"figures must be among {', '.join(make)}, got {name!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.figures or make:
         save(make[name](), args.out / f"{name}.png")

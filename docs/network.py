@@ -1,4 +1,4 @@
-"""docs/network.svg: the network (Figure 2), SSA (Figure 3) and LIM (Figures 4 and 6), its shapes read off the model.
+"""Draws docs/network.svg: the network (Figure 2), SSA (Figure 3) and LIM (Figures 4, 6), with shapes from the model.
 
     python docs/network.py
 
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
 import scalablevit  # noqa: E402
 
 IWSA, SSA, PEG, EMBED, PLAIN = "#b8d4f0", "#f6c5b0", "#f6e3a1", "#dddddd", "#f1f1f1"
@@ -19,7 +19,7 @@ WINDOWS = ("#b8d4f0", "#cfe8c6", "#e3d2ef", "#f6dfb8")
 
 
 class Drawing:
-    """Boxes, arrows and text of one SVG; coordinates are pixels from the top left."""
+    """Boxes, arrows and text of an SVG; coordinates are pixels from the top left."""
 
     def __init__(self, width, height):
         self.size, self.lines = (width, height), []
@@ -31,12 +31,12 @@ class Drawing:
         self.rect(0, 0, width, height, "white", line="none")
 
     def rect(self, x, y, width, height, fill="none", line="#222", radius=0, more=""):
-        """more: further attributes, as SVG has them."""
+        """more: additional SVG attributes."""
         self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" '
                           f'fill="{fill}" stroke="{line}" {more}/>')
 
     def text(self, x, y, string, anchor="middle", weight="normal", size=13, turned=False):
-        """`string` with the middle of its height at y."""
+        """`string`, vertically centered at y."""
         turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
         self.lines.append(f'<text x="{x:g}" y="{y + 0.35 * size:g}" text-anchor="{anchor}" font-weight="{weight}" '
                           f'font-size="{size}"{turn}>{string}</text>')
@@ -46,18 +46,18 @@ class Drawing:
             self.text(x, y + leading * i, string, **kwargs)
 
     def box(self, x, y, width, height, fill, *strings, radius=4):
-        """A box with lines of text in its middle."""
+        """A box with centered lines of text."""
         self.rect(x, y, width, height, fill, radius=radius)
         self.texts(x + width / 2, y + height / 2 - 8.5 * (len(strings) - 1), strings)
 
     def bar(self, x, y, width, height, fill, *strings):
-        """An upright box with its text turned; y is that of its middle."""
+        """A tall box with rotated text, vertically centered at y."""
         self.rect(x, y - height / 2, width, height, fill, radius=4)
         for i, string in enumerate(strings):
             self.text(x + width / 2 + 16 * (i - (len(strings) - 1) / 2), y, string, turned=True)
 
     def arrow(self, *points, tip=True):
-        """Through points (x, y)."""
+        """An arrow through points (x, y)."""
         path = "L".join(f"{x:g} {y:g}" for x, y in points)
         self.lines.append(f'<path d="M{path}" fill="none" stroke="#222"' + ' marker-end="url(#tip)"' * tip + "/>")
 
@@ -76,7 +76,7 @@ class Drawing:
 
 
 def pyramid(d, name, model, maps, y):
-    """Figure 2: patch embedding, IWSA block, PEG, SSA block, and so on, left to right; the numbers below each stage."""
+    """Figure 2, left to right: patch embedding, IWSA block, PEG, SSA block, and so on; numbers below each stage."""
     size = 224
     d.text(14, 20, f"{name} on an image of {size} × {size}", "start", "bold", size=14)
     d.box(14, y - 36, 74, 72, "white", "image", f"{size} × {size}", f"× {model.config['in_chans']}", radius=0)
@@ -113,17 +113,17 @@ def pyramid(d, name, model, maps, y):
 
 
 def block(d, model, maps, y):
-    """A block opened up: two residual paths; after the first of a stage, PEG is a third."""
+    """The inside of a block: two residual branches; PEG, after a stage's first block, is a third."""
     C, H, W = maps[0].shape[1:]
     fc1 = model.stages[0].blocks[0].mlp.fc1
-    d.text(14, y - 78, "A block, and the PEG that follows the first block of each stage", "start", "bold", size=14)
+    d.text(14, y - 78, "Inside a block, and the PEG after the first block of each stage", "start", "bold", size=14)
     d.rect(100, y - 58, 588, 96, "#fafafa", "#999", 6)
     d.rect(702, y - 58, 204, 96, "#fafafa", "#999", 6)
     d.texts(50, y - 9, (f"{H} × {W}", f"× {C}"))
     d.texts(950, y - 9, (f"{H} × {W}", f"× {C}"))
 
     def residual(start, end, *boxes):
-        """x + boxes(x), and the way to the next one."""
+        """x + boxes(x): the branch, the skip connection and the sum at `end`."""
         d.arrow((start, y), (start, y - 42), (end, y - 42), (end, y - 10))
         for x, width, fill, *strings in boxes:
             d.arrow((start, y), (x, y))
@@ -143,13 +143,13 @@ def block(d, model, maps, y):
 
 
 def ssa_panel(d, attn, features, x, y):
-    """Figure 3, with the numbers of the first stage."""
+    """Figure 3, with the shapes of the first stage."""
     C, H, W = features.shape[1:]
     N, keys, scaled = H * W, math.ceil(H / attn.s) * math.ceil(W / attn.s), attn.q.out_features
     d.rect(x, y, 480, 372, "none", "#999", 6)
     d.text(x + 14, y + 20, "SSA: N queries, but only N·r_n keys", "start", "bold", size=14)
     scales = f"r_n = 1/{attn.s ** 2}, r_c = {scaled / C:g}"
-    d.text(x + 14, y + 40, f"stage 1: {scales}; heads share out the channels", "start")
+    d.text(x + 14, y + 40, f"stage 1: {scales}; channels are split among heads", "start")
     top, tall, k, v = y + 82, 104, y + 268, y + 338
     middle = top + tall / 2
 
@@ -176,7 +176,7 @@ def ssa_panel(d, attn, features, x, y):
     d.arrow((x + 382, middle), (x + 412, middle))
     matrix(x + 412, top, 36, tall, "Z′", PLAIN, "N × C", f"{N} × {C}")
 
-    d.arrow((x + 82, middle), (x + 82, v - 35), (x + 96, v - 35))                       # the second way out of X
+    d.arrow((x + 82, middle), (x + 82, v - 35), (x + 96, v - 35))                       # X's path to K and V
     d.box(x + 96, k - 18, 72, v - k + 36, EMBED, "one token", "for each", f"{attn.s}×{attn.s} cell:",
           f"{keys} × {scaled}")
     for goal, height, width, up, name, *shape in (
@@ -197,7 +197,7 @@ def lim_panel(d, attn, features, x, y):
     d.text(x + 14, y + 40, f"stage 1: four of its {windows} windows of {M} × {M} tokens", "start")
 
     def tokens(x, y, gap=0, joined=False):
-        """2 x 2 windows; joined: those tokens darker whose 3x3 neighbourhood crosses a border."""
+        """2 x 2 windows; joined: darken tokens whose 3x3 neighborhood crosses a border."""
         for i, fill in enumerate(WINDOWS):
             d.grid(x + i % 2 * (side / 2 + gap), y + i // 2 * (side / 2 + gap), cell, M, fill)
         for box in ((x + side / 2 - cell, y, 2 * cell, side), (x, y + side / 2 - cell, side, 2 * cell)) * joined:
@@ -205,11 +205,11 @@ def lim_panel(d, attn, features, x, y):
 
     top, low, middle = y + 84, y + 240, y + 84 + 53
     tokens(x + 20, top, 8)
-    d.text(x + 73, top - 14, "Q, K, V, cut up")
+    d.text(x + 73, top - 14, "Q, K, V in windows")
     d.arrow((x + 126, middle), (x + 186, middle))
     d.text(x + 156, middle - 12, "attend")
     tokens(x + 186, top, 8)
-    d.text(x + 239, top - 14, "Z: each on its own")
+    d.text(x + 239, top - 14, "Z, window by window")
     d.arrow((x + 292, middle), (x + 317, middle))
     d.sign(x + 327, middle, "+")
     d.arrow((x + 336, middle), (x + 360, middle))
@@ -226,12 +226,12 @@ def lim_panel(d, attn, features, x, y):
     d.rect(x + 190 + M * cell, low + 3 * cell, cell, cell, RED, RED)
     d.text(x + 239, low + side + 14, "Y: depthwise 3×3 of V")
     d.arrow((x + 288, low + 3.5 * cell), (x + 327, low + 3.5 * cell), (x + 327, middle + 10))
-    d.texts(x + 343, low + 24, ("red: one 3×3 kernel", "and its output;", "dark: tokens that", "see a window",
-                                "beside their own"), anchor="start")
+    d.texts(x + 343, low + 24, ("red: one 3×3 kernel", "and its output;", "dark: tokens that", "also see another",
+                                "window"), anchor="start")
 
 
 def draw(name="scalablevit_s"):
-    """-> the picture of that network, as SVG text."""
+    """The picture of that network, as SVG text."""
     with torch.device("meta"):                                      # shapes without memory
         model = getattr(scalablevit, name)()
         maps = model.forward_features(torch.empty(1, 3, 224, 224))

@@ -1,11 +1,11 @@
-"""Semantic FPN and UperNet on ScalableViT (Table 4 of the paper): four maps in, a class for every pixel out.
+"""Semantic FPN and UperNet on ScalableViT (Table 4 of the paper): from four feature maps to a class for every pixel.
 
-    python docs/segmentation.py                     trains both on drawn shapes, and prints their mean IoU
+    python docs/segmentation.py                     train both on synthetic shapes, print their mean IoU
     python docs/segmentation.py --data DIR --framework upernet --model s --init published.pth       the paper's run
 
-DIR is an ADE20K folder: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, where 0 is no
-class and 1 to 150 are classes.  Optimizer, schedule and sizes are by default those of Appendix C; of augmentations it
-names the random crop, and beside it there is a horizontal flip.
+DIR is an ADE20K folder: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, where 0 is
+unlabeled and 1 to 150 are the classes.  By default, optimizer, schedule, sizes and random crop are Appendix C's, which
+does not mention the horizontal flip.
 """
 import itertools
 import time
@@ -18,24 +18,24 @@ import dense
 
 TABLE_8 = {"semantic_fpn": (80_000, 0.9, 1e-4, 1e-4),               # steps, power of the schedule, learning rate,
            "upernet": (160_000, 1.0, 6e-5, 1e-2)}                   # weight decay; the first two from Appendix C
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                           # of Table 4's MS (Section 4.3)
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                           # for MS in Table 4 (Section 4.3)
 
 
 def conv(C_in, C_out, kernel_size=3):
-    """Convolution, batch norm, ReLU; same size out."""
+    """Convolution, batch norm, ReLU; keeps the size."""
     return nn.Sequential(nn.Conv2d(C_in, C_out, kernel_size, padding=kernel_size // 2, bias=False),
                          nn.BatchNorm2d(C_out), nn.ReLU())
 
 
 def resize(x, like):
-    """x (B, C, h, w) at the size of `like` (…, H, W)."""
+    """Resize x (B, C, h, w) to the size of `like` (…, H, W)."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear")
 
 
 class SemanticFPN(nn.Module):
     """Panoptic Feature Pyramid Networks (Kirillov et al., 2019): images (B, 3, H, W) -> logits (B, classes, H, W).
 
-    The backbone is a `ScalableViT` with num_classes=0; only its `forward_features` and its widths are used.
+    The backbone is a `ScalableViT` with num_classes=0; only `forward_features` and the stages' widths are used.
     """
 
     def __init__(self, backbone, num_classes=150, width=256, head=128):
@@ -44,7 +44,7 @@ class SemanticFPN(nn.Module):
         channels = [stage.embed.conv.out_channels for stage in backbone.stages]         # C_i, at strides 4, 8, 16, 32
         self.lateral = nn.ModuleList(nn.Conv2d(C, width, 1) for C in channels)
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
-        self.scale = nn.ModuleList(                                # level i is doubled i times, and convolved each time
+        self.scale = nn.ModuleList(                                # level i: i times convolution and 2x upsampling
             nn.ModuleList(conv(head if j else width, head) for j in range(max(i, 1))) for i in range(len(channels)))
         self.classify = nn.Conv2d(head, num_classes, 1)
 
@@ -64,10 +64,10 @@ class SemanticFPN(nn.Module):
 
 
 class UperNet(nn.Module):
-    """Unified Perceptual Parsing (Xiao et al., 2018) as MMSegmentation builds it: images -> logits (B, classes, H, W).
+    """Unified Perceptual Parsing (Xiao et al., 2018) as in MMSegmentation: images -> logits (B, classes, H, W).
 
-    A pyramid that begins with the last map pooled to 1, 2, 3 and 6 cells a side, and all of its levels joined.  In
-    training there are two logits; the other ones, of an FCN head on the last but one map, weigh 0.4 in the loss.
+    A feature pyramid on top of pyramid pooling (1, 2, 3 and 6 bins per side) of the last map; its levels are fused.  In
+    training it also returns the logits of an auxiliary FCN head on the second-to-last map, weighted 0.4 in the loss.
     """
 
     def __init__(self, backbone, num_classes=150, width=512, head=256, bins=(1, 2, 3, 6)):
@@ -97,7 +97,7 @@ class UperNet(nn.Module):
 
 @torch.no_grad()
 def multi_scale(model, images, scales=SCALES):
-    """Probabilities (B, classes, H, W): the mean over the scales, and over the images and their mirror images (MS)."""
+    """Multi-scale testing (MS): probabilities (B, classes, H, W), averaged over scales and horizontal flips."""
     total = 0
     for scale in scales:
         scaled = F.interpolate(images, size=[max(1, round(n * scale)) for n in images.shape[2:]], mode="bilinear")
@@ -107,13 +107,13 @@ def multi_scale(model, images, scales=SCALES):
 
 
 def drawn(n=16):
-    """Batches (images, labels) of drawn shapes without end."""
+    """Endless batches (images, labels) of synthetic shapes."""
     while True:
         yield dense.draw(n)[:2]
 
 
 def loss(model, images, labels):
-    """Cross-entropy; of what a model says beside its logits it weighs 0.4."""
+    """Cross-entropy; auxiliary logits have weight 0.4."""
     outputs = model(images.to(dense.DEVICE))
     losses = [F.cross_entropy(logits, labels.to(dense.DEVICE), ignore_index=255)
               for logits in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -121,16 +121,16 @@ def loss(model, images, labels):
 
 
 def train(model, steps, batches=None, power=0.9, lr=1e-3, weight_decay=1e-4, report=None):
-    """On drawn shapes if no batches are given; the learning rate falls to 0 by this power (Appendix C)."""
+    """Train with polynomial learning rate decay (Appendix C), on synthetic shapes if no batches are given."""
     return dense.train(model, loss, batches or drawn(), steps, dense.polynomial(steps, power), lr, weight_decay,
                        report)
 
 
 @torch.no_grad()
 def mean_iou(predict, batches, classes=4):
-    """Mean over the classes of (pixels in both prediction and label) / (pixels in either), in %.
+    """Mean intersection over union of the classes, in %.
 
-    predict gives logits or probabilities for images; of batches (images, labels), labels of 255 do not count.
+    predict maps images to logits or probabilities; batches are (images, labels), where labels of 255 are ignored.
     """
     counts = torch.zeros(classes, classes, dtype=torch.long)
     for images, labels in batches:
@@ -144,7 +144,7 @@ FRAMEWORKS = {"semantic_fpn": SemanticFPN, "upernet": UperNet}
 
 
 def train_on_drawn(args):
-    """Both frameworks, small; what they score on shapes that they have not seen, before and after."""
+    """Train small versions of both frameworks; print their mean IoU on held-out shapes before and after."""
     held_out = list(itertools.islice(drawn(32), 8))
     for make in FRAMEWORKS.values():
         model = make(dense.pretrained(args.model, args.init), 4, width=64, head=32).to(dense.DEVICE).eval()
@@ -169,8 +169,8 @@ def train_on_ade20k(args):
 
 def main():
     parser = dense.arguments("Semantic FPN and UperNet on ScalableViT.", [*FRAMEWORKS], "an ADE20K folder")
-    parser.add_argument("--steps", type=int, help="instead of Appendix C's")
-    parser.add_argument("--size", type=int, default=512, help="of the crops, and of the shorter side for testing")
+    parser.add_argument("--steps", type=int, help="training steps (default: Appendix C's)")
+    parser.add_argument("--size", type=int, default=512, help="of crops, and of the shorter side in validation")
     args = parser.parse_args()
     torch.manual_seed(0)
     train_on_ade20k(args) if args.data else train_on_drawn(args)
