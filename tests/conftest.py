@@ -1,4 +1,4 @@
-"""Settings that all tests share: the same examples in every run, one thread, a fixed seed."""
+"""Settings for all tests: deterministic hypothesis examples, one thread, a fixed seed."""
 import pathlib
 import sys
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # these files, not an installed copy of them
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's files, not an installed copy
 settings.register_profile("scalablevit", deadline=None, derandomize=True, max_examples=40, print_blob=False,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.load_profile("scalablevit")
-torch.set_num_threads(1)                     # the tensors are small: a second thread costs more than it does
+torch.set_num_threads(1)                     # tensors are small: more threads only add overhead
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""What several test files use: random architectures, random weights, and attention written out with loops.
+"""Shared by several test files: random architectures, random weights, and attention written with loops.
 
-The functions under "by hand" are the reference that the windows and SSA are held against.  They take the weights
-of a module, never its code: slices, sums, one softmax per head, in the dtype of the weights (float64 in the tests).
+The functions under "by hand" are reference implementations of window attention and SSA.  They use a module's weights
+but none of its code: slices, sums, one softmax per head, in the dtype of the weights (float64 in the tests).
 """
 import torch
 from hypothesis import strategies as st
@@ -27,7 +27,7 @@ def architectures(draw, kinds=tuple(ATTENTION), max_stages=4, scales=(1, 2, 3, 4
 
 
 def randomised(module, seed=0):
-    """The module in float64 and eval mode with every parameter drawn anew, large enough for uneven softmaxes."""
+    """The module in float64 and eval mode, with random parameters large enough for uneven attention weights."""
     generator = torch.Generator().manual_seed(seed)
     module = module.double().eval()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def linear_by_hand(x, layer):
 
 
 def softmax_attention(q, k, v, heads, scale):
-    """q (n, C'), k (m, C'), v (m, C) -> (n, C), one head after the other."""
+    """q (n, C'), k (m, C'), v (m, C) -> (n, C), head by head."""
     out = []
     for h in range(heads):
         a, b = q.shape[1] // heads, v.shape[1] // heads
@@ -59,7 +59,7 @@ def softmax_attention(q, k, v, heads, scale):
 
 
 def depthwise_by_hand(x, conv):
-    """A depthwise convolution with zero padding of one map (H, W, C), as a sum of shifted maps."""
+    """Zero-padded depthwise convolution of one map (H, W, C), as a sum of shifted maps."""
     H, W, C = x.shape
     k = conv.weight.shape[-1]
     r = k // 2
@@ -69,12 +69,12 @@ def depthwise_by_hand(x, conv):
 
 
 def plain_pieces(n, M):
-    """The windows along an axis of n tokens, as slices: the last is cut off at the border."""
+    """The windows along an axis of n tokens, as slices; the last one is cut off at the border."""
     return [slice(i, min(i + M, n)) for i in range(0, n, M)]
 
 
 def shifted_pieces(n, M):
-    """The windows of a grid that starts M//2 into the axis; what lies before and after is a window of its own."""
+    """The windows of a grid that starts at token M//2; the tokens before it form a window, too."""
     if n <= M:
         return plain_pieces(n, M)
     starts = [0, *range(M // 2, n, M)] if M > 1 else range(n)
@@ -82,10 +82,10 @@ def shifted_pieces(n, M):
 
 
 def windows_by_hand(module, x, pieces, local=None, interactive=None):
-    """Window attention of x (B, H, W, C): every piece of the map attends alone.
+    """Window attention on x (B, H, W, C), separately for every piece of the map.
 
-    `local` is the convolution of LEM, applied to the values of each piece; `interactive` that of LIM, applied to the
-    whole value map.
+    `local` is LEM's convolution, applied to the values of each piece; `interactive` is LIM's, applied to the whole
+    value map.
     """
     B, H, W, C = x.shape
     out = torch.empty_like(x)
@@ -105,7 +105,7 @@ def windows_by_hand(module, x, pieces, local=None, interactive=None):
 
 
 def ssa_by_hand(module, x, rc, s):
-    """SSA of x (B, H, W, C) with r_n = 1/s²: equations (2) and (3), one reduced position after the other."""
+    """SSA of x (B, H, W, C) with r_n = 1/s²: equations (2) and (3), cell by cell."""
     B, H, W, C = x.shape
     out = torch.empty_like(x)
     for b in range(B):

@@ -1,4 +1,4 @@
-"""count_macs against loops over windows and cells, a real image, and the growth that the paper speaks of."""
+"""count_macs against loops over windows and cells, a real forward pass, and the growth that the paper states."""
 import math
 import os
 import runpy
@@ -29,7 +29,7 @@ def attention_by_loops(kind, H, W, C, window, rc, rn):
         for _ in range(0, H, s):
             for _ in range(0, W, s):
                 cells += 1
-                if s > 1:                                           # all s x s places, also those beyond the border
+                if s > 1:                                           # all s x s tokens, including padding
                     modules += s * s * C + C * scaled
                 modules += scaled * scaled + scaled * C                                 # k, v
         for _ in range(H * W):
@@ -40,7 +40,7 @@ def attention_by_loops(kind, H, W, C, window, rc, rn):
     top, left = (-(window // 2) % window if kind == "swsa" and n > window else 0 for n in (H, W))
     for _ in plain_pieces(top + H, M):
         for _ in plain_pieces(left + W, M):
-            attention += 2 * (M * M) * (M * M) * C                                      # a whole window, cut or not
+            attention += 2 * (M * M) * (M * M) * C                                      # whole windows
             if kind == "lem":
                 modules += M * M * 9 * C
     if kind == "iwsa":
@@ -69,13 +69,13 @@ def by_loops(kwargs, H, W):
 
 @settings(max_examples=25)
 @given(architectures(), st.integers(1, 70), st.integers(1, 70))
-def test_what_is_computed_is_counted_padding_too(kwargs, H, W):
+def test_count_macs_equals_loops_including_padding(kwargs, H, W):
     assert count_macs(ScalableViT(**kwargs), (H, W)) == by_loops(kwargs, H, W)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (97, 130)])
-def test_a_real_image_costs_what_count_macs_says(size):
-    """Counted on the way through the network, two flops for each multiply-accumulate; the model stays where it is."""
+def test_count_macs_equals_a_real_forward_pass(size):
+    """Counted during the forward pass, two FLOPs per multiply-accumulate; count_macs does not move the model."""
     model = scalablevit_tiny().eval()
     cost = count_macs(model, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_real_image_costs_what_count_macs_says(size):
 
 # ------------------------------------------------------------------------------------------------ growth with N
 def one_block(kind, size, window=4, rn=1 / 16):
-    """Cost of one attention on `size` (H, W) tokens: that of a network with one block, less that of the rest of it."""
+    """Cost of one attention module on `size` (H, W) tokens: a network with one block minus everything else in it."""
     net = dict(dim=8, depths=(1,), heads=(2,), rc=(1.0,), rn=(rn,), num_classes=0, peg=False, mlp_ratio=1)
     H, W = size
     cost = count_macs(ScalableViT(**net, pattern=(kind, kind), window=window), (4 * H, 4 * W))
@@ -117,7 +117,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments, size", [((), (224, 224)), (("--size", "97", "160"), (97, 160))])
-def test_the_command_prints_what_count_macs_counts(arguments, size, monkeypatch, capsys):
+def test_the_command_prints_count_macs(arguments, size, monkeypatch, capsys):
     printed = run(monkeypatch, capsys, *arguments)
     assert f"{size[0]}x{size[1]}" in printed
     row = next(line for line in printed.splitlines() if "scalablevit_s" in line)
@@ -128,7 +128,7 @@ def test_the_command_prints_what_count_macs_counts(arguments, size, monkeypatch,
 
 
 @pytest.mark.parametrize("size", [("0", "5"), ("224", "-1"), ("a", "b"), ("224",)])
-def test_the_command_refuses_a_bad_size(size, monkeypatch, capsys):
+def test_the_command_rejects_a_bad_size(size, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, capsys, "--size", *size)
     assert ended.value.code == 2
@@ -136,8 +136,8 @@ def test_the_command_refuses_a_bad_size(size, monkeypatch, capsys):
     assert printed.out == "" and "--size" in printed.err
 
 
-def test_copied_alone_it_is_whole_and_silent(tmp_path):
-    """In a folder of its own, a new process: nothing is printed, nothing else is needed."""
+def test_the_file_works_on_its_own_and_prints_nothing(tmp_path):
+    """Copied to an empty folder and imported in a new process."""
     shutil.copy(FILE, tmp_path)
     code = "import torch, scalablevit; scalablevit.scalablevit_tiny()(torch.zeros(1, 3, 32, 32))"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,

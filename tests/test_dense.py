@@ -19,10 +19,10 @@ MODELS = {"S": scalablevit_s, "B": scalablevit_b, "L": scalablevit_l}
 
 
 def published_macs(backbone, size):
-    """What the published code counts for a backbone: convolutions and linears, qkv over full windows.
+    """MACs of a backbone as in the published code: convolutions and linear layers, with qkv over padded windows.
 
-    Windows that the border cuts are padded before the qkv linear there, and after it here, where `count_macs` sees real
-    tokens only.  With that, S, B and L cost 85.0, 177.9 and 304.5 G at 800x1280, as measured on it.
+    The published code pads windows before the qkv layer, this code after it, so `count_macs` sees only real tokens
+    there.  With the padding, S, B and L cost 85.0, 177.9 and 304.5 G at 800x1280, as measured on the published code.
     """
     macs, (H, W) = count_macs(backbone, size)["modules"], size
     for stage in backbone.stages:
@@ -34,7 +34,7 @@ def published_macs(backbone, size):
 
 
 class Maps(nn.Module):
-    """In the backbone's place: maps of its shapes, at no cost."""
+    """Replaces the backbone: returns maps of the same shapes at no cost."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -51,7 +51,7 @@ def semantic_fpn(images, model):
 
 
 def upernet(images, model):
-    """Of UperNet the paper's tool counts what runs in a test: not the auxiliary head, but that one's parameters."""
+    """The paper's tool counts the MACs of inference, without the auxiliary head, but includes its parameters."""
     model(images)
 
 
@@ -60,7 +60,7 @@ def retinanet(images, model):
 
 
 def mask_rcnn(images, model):
-    """MMDetection's tool gives Mask R-CNN 1000 boxes and 100 masks."""
+    """MMDetection's tool runs Mask R-CNN with 1000 boxes and 100 masks."""
     model.rpn.head(list(model.backbone(images).values()))
     heads, width = model.roi_heads, model.backbone.out_channels
     heads.box_predictor(heads.box_head(images.new_empty(1000, width, 7, 7)))
@@ -74,7 +74,7 @@ FRAMEWORKS = {"SemanticFPN": (segmentation.SemanticFPN, semantic_fpn, (512, 2048
 
 
 def measured(framework, size):
-    """(parameters in M, multiply-accumulates in G) of a framework on S, B or L, by the paper's convention."""
+    """(parameters in M, multiply-accumulates in G) of a framework on S, B or L, counted as in the paper."""
     make, run, resolution = FRAMEWORKS[framework]
     with torch.device("meta"), torch.no_grad():
         backbone = MODELS[size](num_classes=0)
@@ -100,9 +100,9 @@ def test_the_convention_is_that_of_the_published_code(size, billions):
     ("RetinaNet", "S", 36, 238), ("RetinaNet", "B", 85, 330),
     ("Mask R-CNN", "S", 46, 256), ("Mask R-CNN", "B", 95, 349)])
 def test_tables_3_and_4(framework, size, millions, billions):
-    """Parameters at the tables' rounding, which goes up for some and down for others; multiply-accumulates to 1 %.
+    """Parameters within 1M, as the tables round some up and some down; multiply-accumulates within 1 %.
 
-    One stands apart: UperNet on S has 56.1M, where Table 4 prints 57M.  B and L, built alike, have what it prints.
+    One exception: UperNet on S has 56.1M, but Table 4 prints 57M; B and L agree with the table.
     """
     parameters, macs = measured(framework, size)
     assert millions in (math.floor(parameters), round(parameters)) or (framework, size) == ("UperNet", "S")
@@ -111,7 +111,7 @@ def test_tables_3_and_4(framework, size, millions, billions):
 
 
 def main():
-    """Prints what README.md shows: python tests/test_dense.py"""
+    """Print the table in README.md: python tests/test_dense.py"""
     for framework in FRAMEWORKS:
         cells = ["{:.1f}M, {:.1f} G".format(*measured(framework, size)) for size in MODELS]
         print(f"| {framework} | " + " | ".join(cells) + " |")

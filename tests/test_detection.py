@@ -1,4 +1,4 @@
-"""docs/detection.py at work: a COCO folder made here, the drawn one, average precision, and the program itself."""
+"""docs/detection.py: a small COCO folder, the synthetic one, average precision, and the program itself."""
 import json
 import pathlib
 import sys
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def check(image, target):
-    """Boxes and masks lie where the image is white, and labels follow the boxes' shapes."""
+    """Boxes and masks match the white regions of the image, and labels match the boxes' shapes."""
     masks = target["masks"].bool()
     assert torch.equal(masks.any(dim=0), image[0] > 0.5)
     boxes, labels = target["boxes"].int().tolist(), target["labels"].tolist()
@@ -50,7 +50,7 @@ def check(image, target):
 
 
 def test_a_coco_folder(folder):
-    """Training leaves out crowds and images without objects, and mirrors an image with all that is in it."""
+    """Training skips crowds and images without objects; flips apply to images, boxes and masks alike."""
     training = dense.coco(folder, "train")
     assert len(training) == 2 and len(dense.coco(folder, "val")) == 3
     left = set()
@@ -61,7 +61,7 @@ def test_a_coco_folder(folder):
 
 
 class Oracle(torch.nn.Module):
-    """Finds what the data set says, moved by some pixels."""
+    """A model that returns the ground truth, shifted by some pixels."""
 
     def __init__(self, dataset, by=0):
         super().__init__()
@@ -76,7 +76,7 @@ class Oracle(torch.nn.Module):
 
 
 def test_average_precision(folder):
-    """100 for what is there, 0 for what is not, and in between where boxes overlap by a known share."""
+    """100 for exact detections, 0 for wrong ones, and in between for boxes with a known IoU."""
     dataset = dense.coco(folder, "val")
     assert detection.evaluate(Oracle(dataset), dataset) == {"bbox": pytest.approx((100, 100)),
                                                             "segm": pytest.approx((100, 100))}
@@ -85,7 +85,7 @@ def test_average_precision(folder):
     assert detection.evaluate(Oracle(dataset, by=2), dataset)["bbox"] == pytest.approx((30, 100))
 
 
-def test_nothing_found_is_a_precision_of_zero(folder):
+def test_no_detections_give_an_average_precision_of_zero(folder):
     dataset = dense.coco(folder, "val")
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0),
                "masks": torch.zeros(0, 1, 48, 60)}
@@ -94,8 +94,8 @@ def test_nothing_found_is_a_precision_of_zero(folder):
     assert detection.evaluate(model, dataset) == {"bbox": (0, 0), "segm": (0, 0)}
 
 
-def test_the_drawn_folder_says_what_is_seen(tmp_path):
-    """Masks of an image do not overlap, each fills its box to the borders, and all three classes occur."""
+def test_the_synthetic_annotations_match_the_visible_shapes(tmp_path):
+    """Masks of an image do not overlap, boxes are tight, and all three classes occur."""
     dense.draw_coco(tmp_path, "val", 20, 48)
     seen = set()
     for image, target in dense.coco(tmp_path, "val"):
@@ -109,8 +109,8 @@ def test_the_drawn_folder_says_what_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("epochs, falls", [(12, (8, 11)), (36, (27, 33))])
-def test_the_schedules_are_those_of_appendix_c(epochs, falls):
-    """500 steps up, a tenth from the epochs on that the appendix names."""
+def test_the_schedules_follow_appendix_c(epochs, falls):
+    """500 warm-up steps; a tenth of the learning rate after each epoch that the appendix names."""
     per_epoch = 7330                                                # of COCO's 117266 images with objects, 16 a step
     _, parts, sides = detection.SCHEDULES["1x" if epochs == 12 else "3x"]
     rate = dense.multi_step(epochs * per_epoch, parts)
@@ -121,8 +121,8 @@ def test_the_schedules_are_those_of_appendix_c(epochs, falls):
 
 
 @pytest.mark.parametrize("framework", ["mask_rcnn", "retinanet"])
-def test_every_parameter_takes_part(framework, folder):
-    """From two images' losses; what does not is the backbone's last norm, which is the classifier's."""
+def test_every_parameter_gets_a_gradient(framework, folder):
+    """With two images; except for the backbone's last norm, which only the classifier uses."""
     images, targets = zip(*(dense.coco(folder, "train")[i] for i in (0, 1)))
     model = getattr(detection, framework)(scalablevit_tiny(num_classes=0), 8, 16, 8, min_size=48, max_size=80)
     detection.loss(model, images, targets).backward()

@@ -1,7 +1,7 @@
-"""What is written in scalablevit.py is what is computed: six edits that a student may try change what comes out.
+"""Editing scalablevit.py changes what is computed: six edits that a student may try must change the outputs.
 
-Each is a replacement in the file's text.  It must show in training and in evaluation; and where the extension is
-installed, `fuse` must give a model that computes what the edited text says, not what the original says.
+Each replaces an expression in the file's source.  It must change the outputs in train and in eval mode; and if the
+extension is installed, a model after `fuse` must compute what the edited source says.
 """
 import os
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 FILE = Path(__file__).parents[1] / "scalablevit.py"
-EDITS = {  # name: (expression in the file, what takes its place)
+EDITS = {  # name: (expression in the file, its replacement)
     "LayerNorm on q and k": ("(q * scale) @ k",
                              "(F.layer_norm(q, q.shape[-1:]) * scale) @ F.layer_norm(k, k.shape[-1:])"),
     "dilated LIM": ("self.lim = depthwise(dim)",
@@ -27,18 +27,18 @@ EDITS = {  # name: (expression in the file, what takes its place)
 
 
 def edited(name):
-    """The text of scalablevit.py with the edit of this name, or as it is."""
+    """The source of scalablevit.py with the named edit applied, or unchanged if name is None."""
     text = FILE.read_text()
     if name is None:
         return text
     old, new = EDITS[name]
     if old not in text:
-        pytest.fail(f"the edit {name!r} looks for {old!r}, which is not in scalablevit.py any more", pytrace=False)
+        pytest.fail(f"the edit {name!r} looks for {old!r}, which is no longer in scalablevit.py", pytrace=False)
     return text.replace(old, new)
 
 
 def build(text):
-    """Two stages with cut windows, r_n < 1 and r_n = 1.  Parameters of one name have the same values in every model."""
+    """Two stages with padded windows, r_n < 1 and r_n = 1.  Parameter values depend only on the parameter's name."""
     module = types.ModuleType("scalablevit")
     exec(compile(text, "scalablevit.py", "exec"), module.__dict__)
     return filled(module.ScalableViT)
@@ -55,7 +55,7 @@ def filled(network):
 
 
 def outputs(model):
-    """Logits in evaluation and in training, and the gradients of all parameters."""
+    """Logits in eval and in train mode, and the gradients of all parameters."""
     images = torch.randn(2, 3, 36, 29, generator=torch.Generator().manual_seed(1))      # maps of 9 x 8 and 5 x 4
     with torch.inference_mode():
         evaluation = model.eval()(images)
@@ -74,14 +74,14 @@ def original():
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_shows(name, original):
+def test_an_edit_changes_the_outputs(name, original):
     evaluation, training, _ = outputs(build(edited(name)))
     assert distance(evaluation, original[0]) > 1e-3 and distance(training, original[1]) > 1e-3
 
 
 @pytest.mark.parametrize("name", [None, *EDITS])
-def test_an_edit_shows_after_fuse(name, original, tmp_path):
-    """In a process of its own, which finds the edited file under the name that the extension knows."""
+def test_an_edit_changes_the_outputs_after_fuse(name, original, tmp_path):
+    """In a separate process, where `import scalablevit` finds the edited file."""
     pytest.importorskip("scalablevit_kernels")
     (tmp_path / "scalablevit.py").write_text(edited(name))
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -94,13 +94,13 @@ def test_an_edit_shows_after_fuse(name, original, tmp_path):
         if name is None:
             assert distance(got, before) < 1e-4
     if name is None:
-        assert layers == 2                                          # both are fused where nothing was edited
+        assert layers == 2                                          # without an edit, both are fused
     else:
         assert all(distance(got, before) > 1e-3 for got, before in zip(fused[:2], original[:2]))
 
 
 def main(file):
-    """The network of the scalablevit.py that is first on the path, before and after fuse."""
+    """Save the outputs of the first scalablevit.py on the path, before and after fuse."""
     import scalablevit
     from scalablevit_kernels import fuse
     assert Path(scalablevit.__file__).parent == Path(file).parent

@@ -1,4 +1,4 @@
-"""What would build another network than was meant raises ValueError: one line, what was given and what is accepted."""
+"""Invalid arguments raise ValueError with one line that says what was given and what is accepted."""
 import pytest
 import torch
 
@@ -32,7 +32,7 @@ SMALL = dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.0, 1.0), rn=(1 / 4, 1), n
     (dict(dim=0), ["dim", "at least 1", "0"]),
     (dict(depths=(2, 0)), ["depths", "at least 1", "0"]),
     (dict(heads=(0, 2)), ["heads", "at least 1", "0"]),
-    # a rate
+    # drop_path_rate
     (dict(drop_path_rate=-0.1), ["drop_path_rate", "[0, 1)", "-0.1"]),
     (dict(drop_path_rate=1), ["drop_path_rate", "[0, 1)", "1"]),
 ], ids=str)
@@ -46,13 +46,13 @@ def test_bad_arguments(bad, words):
 @pytest.mark.parametrize("good", [
     {}, dict(heads=[1, 2], depths=[1, 2]), dict(heads=(4, 2), rc=(1.25, 1), pattern=("wsa", "swsa")),
     *(dict(rn=(rn, 1)) for rn in (1, 1 / 4, 1 / 9, 1 / 25, 1 / 49, 1 / 64, 1 / 100))], ids=str)
-def test_what_fits_is_taken(good):
-    """Lists too; r_c matters to SSA alone."""
+def test_good_arguments(good):
+    """Including lists; r_c only matters if SSA is used."""
     assert ScalableViT(**(SMALL | good))(torch.zeros(2, 3, 20, 9)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("rn, s", [(0.111111111, 3), (0.1111111112, 3), (1 / 49, 7), (0.020408163, 7), (1, 1)])
-def test_r_n_is_one_over_the_nearest_square(rn, s):
+def test_r_n_is_rounded_to_one_over_a_square(rn, s):
     assert SSA(8, 2, rn=rn).s == s
 
 

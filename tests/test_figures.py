@@ -1,4 +1,4 @@
-"""docs/figures.py and docs/ablation.py: their numbers by other means, and that they run.  Matplotlib is an extra."""
+"""docs/figures.py and docs/ablation.py: independent checks of their numbers, and that they run (needs matplotlib)."""
 import argparse
 import json
 import pathlib
@@ -29,8 +29,8 @@ def figures():
 
 # ------------------------------------------------------------------------------------------------ figures.py
 @given(st.integers(2, 20), st.integers(2, 20), st.integers(2, 8), st.floats(0.5, 20))
-def test_the_border_step_is_what_was_put_there(H, W, M, jump):
-    """Steps of 1 along both axes, and of `jump` at a border: windows differ that much more than neighbours within."""
+def test_the_border_step_is_recovered(H, W, M, jump):
+    """Tokens with steps of 1 along both axes, and of `jump` at window borders."""
     pytest.importorskip("matplotlib")
     import figures
     height = [torch.tensor([1.0 if i % M else jump for i in range(n)]).cumsum(0) for n in (H, W)]
@@ -40,7 +40,7 @@ def test_the_border_step_is_what_was_put_there(H, W, M, jump):
 
 
 def test_every_picture_is_drawn(figures, tmp_path):
-    """From weights as they are saved by hand and by the training program, for each pattern that weights can tell."""
+    """From plain state dicts and checkpoints, for each pattern that can be inferred from parameters."""
     weights = []
     for i, pattern in enumerate([("wsa", "wsa"), ("lem", "ssa"), ("ssa", "iwsa")]):
         weights.append(tmp_path / f"{i}.pt")
@@ -58,7 +58,7 @@ def test_every_picture_is_drawn(figures, tmp_path):
 
 @pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
 def test_the_network_is_drawn_with_the_shapes_of_its_layers(name):
-    """Those that layers put out on the meta device; in the first stage N x C is written "3136 × 64"."""
+    """The output shapes of the layers on the meta device; in the first stage N x C is "3136 × 64"."""
     svg = xml.etree.ElementTree.fromstring(network.draw(name))
     texts = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
     with torch.device("meta"):
@@ -75,8 +75,8 @@ def test_the_network_is_drawn_with_the_shapes_of_its_layers(name):
             f"{C} → {shapes['stages.0.blocks.0.mlp.fc1'][-1]} → {C}"} <= texts
 
 
-def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
-    """Ours by its "config", a published one by the form of its head; training arguments beside it do no harm."""
+def test_load_reads_what_the_parameters_do_not_tell(figures, tmp_path):
+    """From "config", or for published models from the kind of head; extra training arguments are ignored."""
     ours = scalablevit_tiny(pattern=("swsa", "ssa"), window=5)
     torch.save({"model": ours.state_dict(), "config": ours.config}, tmp_path / "ours.pt")
     model, name = figures.load(tmp_path / "ours.pt")
@@ -88,8 +88,8 @@ def test_a_checkpoint_tells_what_its_parameters_do_not(figures, tmp_path):
         assert tuple(figures.load(tmp_path / "theirs.pt")[0].config["rc"]) == (1.25, 1.25, 1.25, rc)
 
 
-def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
-    """On 56 x 56 tokens (the first map) and fewer: whole windows of 7, and SSA's 49 keys in every stage."""
+def test_macs_by_part_agree_with_count_macs(figures):
+    """At 224 pixels: whole 7 x 7 windows, and 49 keys for SSA in every stage."""
     with torch.device("meta"):
         model = scalablevit_tiny()
     cost, tokens = count_macs(model, (224, 224)), [56 ** 2, 28 ** 2, 14 ** 2, 7 ** 2]
@@ -99,8 +99,8 @@ def test_the_parts_of_the_cost_are_those_of_count_macs(figures):
         count / 1e9 for count in (cost["modules"], cost["attention"] - ssa, ssa)]
 
 
-def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatch):
-    """On drawn shapes, or on a folder of images: three networks each, one update instead of all."""
+def test_without_weights_the_networks_are_trained_only_once(figures, tmp_path, monkeypatch):
+    """On synthetic shapes or a folder of images: three networks each, with one update instead of 1200."""
     monkeypatch.chdir(tmp_path)
     trained, train = [], figures.dense.train
 

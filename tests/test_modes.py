@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-import torch.distributed.nn                    # before a group is made: see train_minimal.py
+import torch.distributed.nn                    # before init_process_group: see train_minimal.py
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import distributed, multiprocessing
@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers import architectures
 from scalablevit import Block, ScalableViT
 
-ALL_KINDS = [("iwsa", "ssa"), ("lem", "swsa")]                      # wsa is what iwsa, lem and swsa share
+ALL_KINDS = [("iwsa", "ssa"), ("lem", "swsa")]                      # wsa is the base class of iwsa, lem and swsa
 
 
 def small(**kwargs):
-    """Two stages with every layer that the real models have: windows that the border cuts, r_n < 1 and r_n = 1."""
+    """Two stages with every kind of layer: windows cut off by the border, r_n < 1 and r_n = 1."""
     torch.manual_seed(0)
     return ScalableViT(**dict(dim=8, depths=(2, 2), heads=(1, 2), rc=(1.25, 1.0), rn=(1 / 4, 1), window=3,
                               num_classes=5, head_hidden=16) | kwargs)
@@ -44,7 +44,7 @@ def test_trace():
 
 @pytest.mark.parametrize("pattern", ALL_KINDS)
 def test_compile_in_one_graph(pattern):
-    """fullgraph=True refuses a graph break; the loss and all gradients stay."""
+    """fullgraph=True raises on graph breaks; the loss and all gradients stay the same."""
     model, x = small(pattern=pattern).double(), images(dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     expected = loss_and_gradients(model, x)
@@ -53,9 +53,9 @@ def test_compile_in_one_graph(pattern):
 
 
 def test_compile_with_inductor():
-    """The real compiler, on one stage of every part, without gradients.
+    """The default backend, on one stage with every kind of layer, without gradients.
 
-    For a processor without vector instructions: asking the compiler which there are takes half of the time.
+    Vector instructions are turned off, as probing the compiler for them takes half of the time.
     """
     model = small(depths=(2,), heads=(2,), rc=(1.25,), rn=(1 / 4,), head_hidden=None).eval()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_export_with_a_dynamic_batch(pattern):
 
 
 def test_export_with_dynamic_sizes():
-    """Batch, rows and columns: sizes that 7 and the reductions divide or not, larger and smaller than what was traced."""
+    """Batch, H and W larger and smaller than when traced, divisible by 7 and the reductions or not."""
     model, Dim = small(depths=(2, 2), heads=(2, 4), rc=(1.25, 1.0), rn=(1 / 4, 1)).eval(), torch.export.Dim
     sizes = {0: Dim("batch", min=1, max=64), 2: Dim("H", min=33, max=2048), 3: Dim("W", min=33, max=2048)}
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
@@ -134,7 +134,7 @@ def test_moving_to_another_dtype_and_back():
 
 
 def test_moving_to_another_device():
-    """To "meta" and back as empty memory: every tensor of the model moves with it, and so do its masks."""
+    """To "meta": all tensors move with the model, and masks are created on its device."""
     model = small(pattern=("swsa", "lem")).to("meta")
     assert model(images().to("meta")).device.type == "meta"
     model.reset_classifier(7)
@@ -143,7 +143,7 @@ def test_moving_to_another_device():
 
 # ------------------------------------------------------------------------------------------------ checkpointing
 def test_gradient_checkpointing_gives_the_same_gradients():
-    """With stochastic depth, which must draw the same samples when a block is run again."""
+    """With stochastic depth, which must drop the same samples when a block is recomputed."""
     model, x = small(drop_path_rate=0.5).double().train(), images(8, dtype=torch.float64)
     runs = [0]
     for module in model.modules():
@@ -159,7 +159,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model.set_grad_checkpointing()
     checkpointed, twice = step()
     torch.testing.assert_close(checkpointed, expected)
-    assert (once, twice) == (4, 8)                                                      # every block ran again
+    assert (once, twice) == (4, 8)                                                      # every block was recomputed
     with torch.no_grad():
         runs[0] = 0
         model(x)
@@ -173,13 +173,13 @@ DDP_CASES = [(("iwsa", "ssa"), False), (("lem", "swsa"), True)]                 
 
 
 def train_on_one_rank(rank, ranks, folder):
-    """Three steps on this rank's share of every batch; parameters and gradients go to a file, those of each case."""
+    """Three steps on this rank's share of every batch; saves parameters and gradients of each case."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     for i, (pattern, checkpointing) in enumerate(DDP_CASES):
         model = small(pattern=pattern).double()
         model.set_grad_checkpointing(checkpointing)
-        train(model, DistributedDataParallel(model), lambda batch: batch[rank::ranks])  # finds no unused parameters
+        train(model, DistributedDataParallel(model), lambda batch: batch[rank::ranks])  # without find_unused_parameters
         torch.save({name: (p.detach(), p.grad) for name, p in model.named_parameters()}, f"{folder}/{i}.{rank}.pt")
     distributed.destroy_process_group()
 
@@ -194,7 +194,7 @@ def train(model, call, share):
 
 
 def test_ddp_on_two_processes_equals_one(tmp_path):
-    """Two ranks with half of each batch end with the parameters of one process with all of it."""
+    """Two ranks with half of each batch end with the same parameters as one process with whole batches."""
     multiprocessing.spawn(train_on_one_rank, (2, str(tmp_path)), nprocs=2)
     for i, (pattern, _) in enumerate(DDP_CASES):
         first, second = (torch.load(tmp_path / f"{i}.{rank}.pt") for rank in (0, 1))
@@ -210,7 +210,7 @@ def test_ddp_on_two_processes_equals_one(tmp_path):
 @settings(max_examples=15)
 @given(architectures())
 def test_every_parameter_gets_a_gradient(kwargs):
-    """So that DDP needs no search for unused parameters, whatever the architecture."""
+    """So DDP works without find_unused_parameters for every architecture."""
     model = ScalableViT(**kwargs).train()
     model(torch.randn(2, kwargs["in_chans"], 40, 33)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -232,7 +232,7 @@ def test_a_deepcopy_is_independent():
 
 @settings(max_examples=15)
 @given(architectures())
-def test_a_state_dict_goes_through_a_file(kwargs):
+def test_a_state_dict_survives_saving_and_loading(kwargs):
     torch.manual_seed(0)
     model, file = ScalableViT(**kwargs).eval(), io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -244,7 +244,7 @@ def test_a_state_dict_goes_through_a_file(kwargs):
     assert set(model.state_dict()) == set(dict(model.named_parameters()))               # nothing but parameters
 
 
-def test_train_and_eval_differ_by_stochastic_depth_alone():
+def test_train_and_eval_differ_only_by_stochastic_depth():
     model, x = small(drop_path_rate=0.9), images(8)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))

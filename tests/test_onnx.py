@@ -1,4 +1,4 @@
-"""The classifier and the backbone as ONNX, for batches of any size, beside ONNX Runtime.  Both libraries are extras."""
+"""The classifier and the backbone in ONNX Runtime, with a dynamic batch size (needs onnxscript and onnxruntime)."""
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ class Backbone(torch.nn.Module):
 
 @pytest.mark.parametrize("part", ["classifier", "backbone"])
 def test_onnx_runtime_computes_the_same(part, tmp_path):
-    """For an image size that 7 and the reductions do not divide, and for other batches than the traced one."""
+    """For an image size not divisible by 7 or the reductions, and batch sizes other than the traced one."""
     model = scalablevit_tiny(num_classes=5, depths=(2, 1, 1, 1)).eval()
     model = Backbone(model).eval() if part == "backbone" else model
     file = tmp_path / "model.onnx"

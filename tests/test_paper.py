@@ -1,6 +1,6 @@
 """The paper's numbers: Table 1, parameters and FLOPs of Table 2, the backbones of Tables 3 and 4, the ablations.
 
-The models are built on the "meta" device: shapes without memory.
+Models are built on the "meta" device (shapes without memory).
 """
 import pytest
 import torch
@@ -30,7 +30,7 @@ TABLE_1 = {scalablevit_s: (64, (2, 2, 20, 2), (2, 4, 8, 16), (1.25, 1.25, 1.25, 
 
 @pytest.mark.parametrize("make", TABLE_1)
 def test_table_1(make):
-    """Channels, blocks, heads, r_c and r_n per stage, read off the modules that were built."""
+    """Channels, blocks, heads, r_c and r_n per stage, read from the modules."""
     dim, depths, heads, rc = TABLE_1[make]
     model = build(make)
     assert tuple(len(stage.blocks) for stage in model.stages) == depths
@@ -51,9 +51,9 @@ def test_table_1(make):
 @pytest.mark.parametrize("make, kwargs, number", [
     (scalablevit_s, {}, 32_000_472), (scalablevit_b, {}, 81_881_624), (scalablevit_l, {}, 109_288_840),
     (scalablevit_s, dict(head_hidden=None), 26_307_032),
-    (scalablevit_s, dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25)), 26_307_032)])  # where r_n = 1, r_c adds none
-def test_parameters_to_the_last_one(make, kwargs, number):
-    """Those of the published code.  Table 2 prints 32M and 81M, which is 81.9M cut off; L's 104M is not its code's."""
+    (scalablevit_s, dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25)), 26_307_032)])  # r_c adds none for r_n = 1
+def test_the_exact_number_of_parameters(make, kwargs, number):
+    """As in the published code.  Table 2 prints 32M; 81M, which is 81.9M truncated; and 104M for L, unlike its code."""
     assert parameters(build(make, **kwargs)) == number
 
 
@@ -66,9 +66,9 @@ def test_tiny_has_one_to_two_million_parameters():
     (scalablevit_b, 8.56, 8.79, 8.6),
     (scalablevit_l, 14.67, 14.98, 14.7)])
 def test_macs_at_224(make, modules, with_attention, table_2):
-    """Measured on the published code (L without its head, of 0.008 G), and what Table 2 prints.
+    """Measured on the published code (L without its head of 0.008 G), and as printed in Table 2.
 
-    Rounded, B and L are what Table 2 prints; for S it prints 4.2, 0.1 more than there is.
+    B and L round to the printed values; for S, Table 2 prints 4.2, which is 0.1 too high.
     """
     here, attention = gmacs(build(make), (224, 224))
     assert here == pytest.approx(modules, abs=0.015)
@@ -80,9 +80,9 @@ def test_macs_at_224(make, modules, with_attention, table_2):
 @pytest.mark.parametrize("make, modules, with_attention", [
     (scalablevit_s, 85.0, 124.8), (scalablevit_b, 177.9, 234.5), (scalablevit_l, 304.5, 365.6)])
 def test_macs_of_the_backbones_at_800x1280(make, modules, with_attention):
-    """Measured on the published code, which pads windows before the qkv layer; here they are padded after it.
+    """Measured on the published code, which pads windows before the qkv layer; this code pads after it.
 
-    So the qkv layers of IWSA cost less here, and nothing else does: 200 x 320 tokens pad to 203 x 322, and so on.
+    So only IWSA's qkv layers cost less here: 200 x 320 tokens are padded to 203 x 322, and so on.
     """
     dim, depths, *_ = TABLE_1[make]
     here, attention = gmacs(build(make, num_classes=0), (800, 1280))
@@ -100,7 +100,7 @@ def test_macs_of_the_backbones_at_800x1280(make, modules, with_attention):
     (("ssa", "ssa"), (1, 1, 1, 1), 32, 31.78), (("swsa", "ssa"), None, 32, 31.97), (("ssa", "iwsa"), None, 32, 32.00),
     (("iwsa", "ssa"), None, 32, 32.00)])
 def test_table_5a(pattern, rc, printed, measured):
-    """Millions of parameters: those that the paper prints, those of the published structure."""
+    """Millions of parameters: printed in the paper, and measured on the published code."""
     millions = parameters(build(scalablevit_s, pattern=pattern, **({} if rc is None else {"rc": rc}))) / 1e6
     assert round(millions) == printed and measured in (round(millions, 2), None)
 
@@ -109,7 +109,7 @@ def test_table_5a(pattern, rc, printed, measured):
 @pytest.mark.parametrize("peg", [False, True])
 @pytest.mark.parametrize("kind", ["wsa", "lem", "iwsa"])
 def test_tables_5b_and_7(peg, kind):
-    """PEG, LEM and LIM in all combinations of the tables: 32M each, as printed; what each adds is a few thousand."""
+    """PEG, LEM and LIM in all combinations of the tables: 32M each, as printed; each module adds a few thousand."""
     model = build(scalablevit_s, pattern=(kind, "ssa"), peg=peg)
     base = build(scalablevit_s, pattern=("wsa", "ssa"), peg=False)
     assert round(parameters(model) / 1e6) == 32
@@ -117,7 +117,7 @@ def test_tables_5b_and_7(peg, kind):
     added = 0
     if kind != "wsa":                               # 3x3 weights and a bias per channel, every other block
         added += sum(10 * C * depth // 2 for C, depth in zip(widths, depths))
-    if peg:                                         # the same, once a stage
+    if peg:                                         # the same, once per stage
         added += sum(10 * C for C in widths)
     assert parameters(model) - parameters(base) == added
     first = model.stages[0].blocks[0].attn

@@ -1,8 +1,8 @@
-"""The published model's check value: its own names, its own outputs.
+"""Parameter names and outputs of the published model.
 
-`official_s.json` holds the parameter names and shapes of the published ScalableViT-S, the root mean square of every
+`official_s.json` has the parameter names and shapes of the published ScalableViT-S, the root mean square of every
 block's output (8 decimals) and the logits (9 decimals), computed in float64 by the published code.  Weights and input
-are not stored: a rule makes them from their names, here in `fill`.
+are not stored: `fill` generates them from their names.
 """
 import json
 import zlib
@@ -24,7 +24,7 @@ def fill(name, shape):
     def u64(number):
         return np.uint64(number)
 
-    with np.errstate(over="ignore"):                                # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):                                # arithmetic modulo 2^64 is intended
         z = u64(zlib.crc32(name.encode()) << 32) + np.arange(np.prod(shape), dtype=np.uint64)
         z += u64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> u64(30))) * u64(0xBF58476D1CE4E5B9)
@@ -60,7 +60,7 @@ def test_outputs_of_the_published_model(published):
     assert rms == pytest.approx(OFFICIAL["block_output_rms"], rel=0, abs=1e-8)
 
 
-def test_every_value_is_carried_over_once(published):
+def test_every_value_is_converted_exactly_once(published):
     assert sum(tensor.numel() for tensor in convert_official(published).values()) == OFFICIAL["parameters"]
     with torch.device("meta"):
         assert set(convert_official(published)) == set(scalablevit_s().state_dict())
@@ -75,24 +75,24 @@ def test_kv_becomes_k_and_v(published):
         assert f"stages.3.blocks.1.attn.kv.{parameter}" not in converted
 
 
-# ------------------------------------------------------------------------------------------------ the plain-head S
+# ------------------------------------------------------------------------------------------------ S with a linear head
 @pytest.fixture(scope="module")
 def small_0(published):
-    """The published S with the plain head: other names and shapes in the head alone, r_c = 1.25 in all four stages."""
+    """The published S with a linear head: only the head's names and shapes differ; r_c = 1.25 in all four stages."""
     names = {"head.weight": (1000, 512), "head.bias": (1000,)}
     body = {name: tensor for name, tensor in published.items() if not name.startswith("head.")}
     return body | {name: weight(name, shape) for name, shape in names.items()}
 
 
 def loaded(checkpoint, **kwargs):
-    """Strictly, and in float64: every name and every shape."""
+    """A float64 model with the checkpoint's weights; every name and shape must match."""
     with torch.device("meta"):
         model = scalablevit_s(**kwargs)
     model.load_state_dict(convert_official(checkpoint), assign=True)
     return model.double().eval()
 
 
-def test_a_checkpoint_gives_its_own_model_and_no_other(published, small_0):
+def test_a_checkpoint_only_loads_into_its_own_model(published, small_0):
     two_layers, plain = loaded(published, **official_kwargs(published)), loaded(small_0, **official_kwargs(small_0))
     assert two_layers.config == scalablevit_s().config
     assert plain.config == two_layers.config | dict(head_hidden=None, rc=(1.25, 1.25, 1.25, 1.25))
@@ -102,8 +102,8 @@ def test_a_checkpoint_gives_its_own_model_and_no_other(published, small_0):
             loaded(checkpoint, **official_kwargs(other))
 
 
-def test_r_c_scales_the_plain_head_s_last_stage(small_0):
-    """Softmax(Q K^T / sqrt(1.25 C / heads)) V there, with the published weights under their published names."""
+def test_r_c_changes_the_scale_in_the_last_stage(small_0):
+    """Softmax(Q K^T / sqrt(1.25 C / heads)) V, with the published weights under their published names."""
     attn, x = loaded(small_0, **official_kwargs(small_0)).stages[3].blocks[1].attn, fill("input", (2, 7, 7, 512))
     q, kv, proj = ([small_0[f"stages.3.1.attn.{name}.{parameter}"] for parameter in ("weight", "bias")]
                    for name in ("q", "kv", "proj"))
@@ -113,11 +113,11 @@ def test_r_c_scales_the_plain_head_s_last_stage(small_0):
     torch.testing.assert_close(attn(x), by_hand, rtol=1e-10, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------ wrong checkpoints
 @pytest.mark.parametrize("key", [
     "stages.0.0.attn.relative_position_bias_table", "patch_embeds.0.proj.gamma", "cls_token", "head.2.weight",
     "stages.0.blocks.0.norm1.weight", "module.norm.weight"])
-def test_an_unknown_name_is_refused_by_name(published, key):
+def test_an_unknown_name_is_rejected(published, key):
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         convert_official(published | {key: torch.zeros(1)})
 

@@ -1,4 +1,4 @@
-"""Which tokens an output token depends on, read off the gradients: the paper's claims about WSA, LIM, LEM and SSA."""
+"""Which tokens an output token depends on, from gradients: the paper's claims about WSA, LIM, LEM and SSA."""
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -21,7 +21,7 @@ def field(module, H, W, C=4):
 
 
 def where(H, W, related):
-    """Boolean (H, W, H, W) of the pairs that `related(i, k, H)` along rows and `related(j, l, W)` along columns."""
+    """Boolean (H, W, H, W): related(i, k, H) and related(j, l, W) for tokens (i, j) and (k, l)."""
     rows = torch.tensor([[related(i, k, H) for k in range(H)] for i in range(H)])
     cols = torch.tensor([[related(j, l, W) for l in range(W)] for j in range(W)])
     return rows[:, None, :, None] & cols[None, :, None, :]
@@ -32,7 +32,7 @@ def same_window(M):
 
 
 def same_shifted_window(M):
-    """A grid that starts at M//2; an axis that one window spans is not shifted."""
+    """A grid that starts at token M//2; an axis that fits in one window is not shifted."""
     return lambda i, k, n: (i + M - M // 2) // M == (k + M - M // 2) // M if n > M else True
 
 
@@ -60,7 +60,7 @@ def test_lem_does_not_cross_the_window(H, W, M):
 
 @few
 @given(sides, sides, windows, st.sampled_from([1, 3, 5]))
-def test_lim_crosses_the_window_by_exactly_its_kernel_s_reach(H, W, M, kernel):
+def test_lim_reaches_across_the_border_by_half_its_kernel(H, W, M, kernel):
     module = IWSA(4, 2, M)
     module.lim = depthwise(4, kernel)
     assert torch.equal(field(module, H, W), where(H, W, same_window(M)) | where(H, W, within(kernel // 2)))
@@ -84,6 +84,6 @@ def test_peg_sees_its_neighbours(H, W):
 
 @pytest.mark.parametrize("kind", [WSA, SWSA, LEM, IWSA])
 def test_samples_of_a_batch_do_not_mix(kind):
-    """Windows of all samples go through attention side by side; none may see another sample."""
+    """The windows of all samples form one batch; none may attend to another sample."""
     module, x = randomised(kind(4, 2, 3)), random_tokens(3, 5, 7, 4)
     torch.testing.assert_close(module(x), torch.cat([module(sample[None]) for sample in x]))

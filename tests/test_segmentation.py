@@ -1,4 +1,4 @@
-"""docs/segmentation.py at work: any backbone, drawn shapes, an ADE20K folder, the multi-scale test."""
+"""docs/segmentation.py: any backbone, synthetic shapes, an ADE20K folder, multi-scale testing."""
 import itertools
 import pathlib
 import sys
@@ -25,23 +25,23 @@ from segmentation import SemanticFPN, UperNet
 @given(kwargs=architectures(), H=st.integers(1, 70), W=st.integers(1, 70), classes=st.integers(1, 4))
 def test_any_backbone_and_any_size(make, kwargs, H, W, classes):
     if make is UperNet:
-        kwargs = kwargs | {name: (kwargs[name] * 2)[:4] for name in ("depths", "heads", "rc", "rn")}    # two stages on
+        kwargs = kwargs | {name: (kwargs[name] * 2)[:4] for name in ("depths", "heads", "rc", "rn")}    # >= 2 stages
     model = make(ScalableViT(**kwargs | {"num_classes": 0}), classes, width=8, head=4).eval()
     with torch.no_grad():
         assert model(torch.randn(2, kwargs["in_chans"], H, W)).shape == (2, classes, H, W)
 
 
 @pytest.mark.parametrize("make", [SemanticFPN, UperNet])
-def test_every_parameter_and_every_stage_takes_part(make):
+def test_every_parameter_gets_a_gradient(make):
     model = make(scalablevit_tiny(num_classes=0), 4, width=16, head=8)
     images, labels, _ = dense.draw(2)
     segmentation.loss(model, images, labels).backward()
     assert {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()} \
-        == {"backbone.norm.weight", "backbone.norm.bias"}           # of the classifier's head
+        == {"backbone.norm.weight", "backbone.norm.bias"}           # used only by the classifier
 
 
-def test_what_is_drawn_cannot_be_told_by_colour():
-    """Every class is drawn, and has the mean and spread of colour that the others have."""
+def test_colors_do_not_reveal_the_class():
+    """Every class occurs, and its colors have the same mean and standard deviation."""
     images, labels, _ = dense.draw(2000, size=16)
     colours = [images.permute(0, 2, 3, 1)[labels == i] for i in range(4)]
     assert all(len(c) > 20_000 for c in colours)
@@ -50,7 +50,7 @@ def test_what_is_drawn_cannot_be_told_by_colour():
 
 
 def test_it_learns_what_a_per_pixel_classifier_cannot():
-    """In 120 updates: 27 % against 19 % (seed 0).  The program's updates take both further apart."""
+    """After 120 updates: 27 % against 19 % (seed 0).  With the program's 800 updates the gap widens."""
     pixel = nn.Sequential(nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1))
     network = SemanticFPN(scalablevit_tiny(num_classes=0), 4, width=32, head=16)
     held_out = list(itertools.islice(segmentation.drawn(32), 4))
@@ -59,10 +59,10 @@ def test_it_learns_what_a_per_pixel_classifier_cannot():
     assert by_pixel < 22 and by_network > by_pixel + 5
 
 
-# ------------------------------------------------------------------------------------------------ figures by hand
+# ------------------------------------------------------------------------------------------------ metrics
 @given(st.integers(2, 5), st.integers(0, 10 ** 6))
 def test_mean_iou_by_hand(classes, seed):
-    """Class by class, with sets of pixels; pixels without a class do not count, nor do classes that do not occur."""
+    """Class by class, with sets of pixels; unlabeled pixels and absent classes are ignored."""
     random = torch.Generator().manual_seed(seed)
     occurring = classes - seed % 2
     labels, found = (torch.randint(occurring, (2, 1, 3, 4), generator=random) for _ in range(2))
@@ -78,8 +78,8 @@ def test_mean_iou_by_hand(classes, seed):
     assert measured == pytest.approx(100 * sum(scores) / len(scores)) if scores else measured != measured
 
 
-def test_multi_scale_means_over_scales_and_mirror_images():
-    """Of a model that tells by the image's size and by its left half."""
+def test_multi_scale_averages_over_scales_and_flips():
+    """With a model whose logits are the image itself, which records the sizes it sees."""
     seen = []
 
     def model(images):
@@ -90,13 +90,13 @@ def test_multi_scale_means_over_scales_and_mirror_images():
     out = segmentation.multi_scale(model, ramp, scales=(0.5, 1.0, 1.75))
     assert seen == [(1, 1, 6, 8)] * 2 + [(1, 1, 12, 16)] * 2 + [(1, 1, 21, 28)] * 2
     assert torch.allclose(out.sum(dim=1), torch.ones(1, 12, 16))
-    assert torch.allclose(out[:, 0], ramp[:, 0].sigmoid(), atol=0.03)                   # mirrored back: the ramp rises
+    assert torch.allclose(out[:, 0], ramp[:, 0].sigmoid(), atol=0.03)                   # flipped back: the ramp rises
 
 
 # ------------------------------------------------------------------------------------------------ ADE20K
 @pytest.fixture
 def ade20k(tmp_path):
-    """Images wider than high, the second one for training by far; their classes are 0 (none), 1, 2 and 150."""
+    """Wide images, the second training image very wide; labels are 0 (none), 1, 2 and 150."""
     for split, heights in (("training", (40, 10)), ("validation", (40,))):
         for folder in ("images", "annotations"):
             (tmp_path / folder / split).mkdir(parents=True)
@@ -108,7 +108,7 @@ def ade20k(tmp_path):
 
 
 def test_an_ade20k_folder(ade20k):
-    """Classes 1 to 150 become 0 to 149; 0 becomes 255, as does what pads a crop; an image moves with its labels."""
+    """Classes 1 to 150 become 0 to 149; 0 and crop padding become 255; images and labels stay aligned."""
     image, labels = dense.ADE20K(ade20k, "validation", 32)[0]
     assert image.shape == (3, 32, 64) and labels.shape == (40, 80)
     assert labels[0, ::20].tolist() == [255, 0, 1, 149]
@@ -136,8 +136,8 @@ def test_the_program_trains_on_an_ade20k_folder(ade20k, tmp_path, monkeypatch, c
     model.load_state_dict(torch.load(tmp_path / "out" / f"{framework}.pt", weights_only=True))
 
 
-def test_a_backbone_begins_with_the_weights_of_a_file(tmp_path, monkeypatch):
-    """A bare state dict, a checkpoint of the training program, a published one, which is converted; without a head."""
+def test_a_backbone_loads_the_weights_of_a_file(tmp_path, monkeypatch):
+    """A plain state dict, a checkpoint of the training program, or a published one; all without the head."""
     classifier = scalablevit_tiny(num_classes=3)
     weights = classifier.state_dict()
     published = {"patch_embeds.0.proj.weight" if name == "stages.0.embed.conv.weight" else name: w

@@ -1,4 +1,4 @@
-"""What goes in and comes out: shapes of every size, the head, weight decay, stochastic depth, initialisation."""
+"""Input and output shapes, the head, weight decay, stochastic depth, initialization."""
 import math
 
 import pytest
@@ -41,7 +41,7 @@ def test_a_batch_may_be_empty(kind):
     assert scalablevit_tiny(num_classes=5, pattern=(kind, kind))(torch.zeros(0, 3, 40, 36)).shape == (0, 5)
 
 
-def test_pooled_features_are_the_normed_last_map_averaged():
+def test_pooled_features_are_the_mean_of_the_normalized_last_map():
     model = scalablevit_tiny(num_classes=0).double().eval()
     images = torch.randn(2, 3, 70, 40, dtype=torch.float64)
     last = model.forward_features(images)[-1]
@@ -51,7 +51,7 @@ def test_pooled_features_are_the_normed_last_map_averaged():
 
 
 @pytest.mark.parametrize("hidden", [None, 32])
-def test_reset_classifier_replaces_the_head_by_one_of_the_same_form(hidden):
+def test_reset_classifier_keeps_the_kind_of_head(hidden):
     model = scalablevit_tiny(num_classes=10, head_hidden=hidden).double()
     images, before = torch.randn(2, 3, 32, 32, dtype=torch.float64), model.head
     for classes in (7, 0, 3):
@@ -67,7 +67,7 @@ def test_reset_classifier_replaces_the_head_by_one_of_the_same_form(hidden):
 
 
 @given(architectures(), st.integers(0, 5), st.sampled_from([0.0, 0.3]))
-def test_config_builds_the_same_network_anew(kwargs, classes, rate):
+def test_config_rebuilds_the_same_network(kwargs, classes, rate):
     """Also after reset_classifier: the same parameters, and with their values the same output."""
     model = ScalableViT(**kwargs, drop_path_rate=rate).eval()
     model.reset_classifier(classes)
@@ -78,7 +78,7 @@ def test_config_builds_the_same_network_anew(kwargs, classes, rate):
     assert torch.equal(again(images), model(images))
 
 
-def test_the_two_forms_of_the_head():
+def test_the_two_kinds_of_head():
     plain, published = (scalablevit_tiny(num_classes=7, head_hidden=hidden) for hidden in (None, 32))
     assert isinstance(plain.head, nn.Linear)
     assert [type(layer) for layer in published.head] == [nn.Linear, nn.LayerNorm, nn.GELU, nn.Linear]
@@ -99,7 +99,7 @@ def test_no_weight_decay_names_biases_norms_and_the_peg(kwargs):
 
 # ------------------------------------------------------------------------------------------------ order in a stage
 def test_a_stage_is_embedding_block_peg_blocks():
-    """The order that Figure 2 shows, as the modules are called."""
+    """The modules are called in the order of Figure 2."""
     model, called = scalablevit_tiny(), []
     for name, module in model.named_modules():
         if isinstance(module, (PatchEmbed, Block, PEG)):
@@ -110,7 +110,7 @@ def test_a_stage_is_embedding_block_peg_blocks():
 
 
 @given(architectures())
-def test_attention_kinds_take_turns_in_each_stage(kwargs):
+def test_attention_kinds_alternate_in_each_stage(kwargs):
     model = ScalableViT(**kwargs)
     for stage, depth in zip(model.stages, kwargs["depths"]):
         kinds = [type(block.attn).__name__.lower() for block in stage.blocks]
@@ -135,7 +135,7 @@ def block_with(drop_path_rate):
 def test_drop_path_drops_whole_samples_and_keeps_the_mean(p):
     n = 40_000
     out = block_with(p).train().drop_path(torch.ones(n, 2, 1, 3)).reshape(n, 6)
-    assert (out == out[:, :1]).all()                                # a sample stays or goes as a whole
+    assert (out == out[:, :1]).all()                                # a sample is kept or dropped as a whole
     kept = out[:, 0] > 0
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - p)))
     spread = 5 * math.sqrt(p / (1 - p) / n)                     # five standard deviations of the mean
@@ -148,16 +148,16 @@ def test_drop_path_is_the_identity_in_eval_and_at_rate_0():
     assert torch.equal(block_with(0.0).train().drop_path(x), x)
 
 
-def test_drop_path_leaves_out_the_branch_and_keeps_the_residual():
-    """A block's two branches are dropped one by one: a quarter of the samples at p = 1/2 pass unchanged."""
+def test_drop_path_drops_the_branch_and_keeps_the_skip_connection():
+    """The two branches are dropped independently: with p = 1/2, a quarter of the samples pass unchanged."""
     block, x = block_with(0.5).train(), torch.randn(4000, 2, 2, 4)
     unchanged = (block(x) == x).flatten(1).all(dim=1).float().mean()
     assert 0.22 < unchanged < 0.28
     assert not (block.eval()(x) == x).flatten(1).all(dim=1).any()
 
 
-# ------------------------------------------------------------------------------------------------ initialisation
-def test_the_published_initialisation():
+# ------------------------------------------------------------------------------------------------ initialization
+def test_the_published_initialization():
     """Normal with std 0.02 (linear) and sqrt(2 / fan out) (convolution), biases 0, norms 1 and 0."""
     for name, module in scalablevit_tiny(dim=64, heads=(2, 4, 8, 16), head_hidden=128).named_modules():
         if isinstance(module, nn.LayerNorm):
@@ -171,7 +171,7 @@ def test_the_published_initialisation():
             n = w.numel()
             assert abs(w.mean()) < 5 * std / math.sqrt(n), name
             assert abs(w.std() / std - 1) < 5 / math.sqrt(2 * n), name
-            assert abs((w.abs() < std).double().mean() - 0.6827) < 5 * math.sqrt(0.22 / n), name  # as a normal has it
+            assert abs((w.abs() < std).double().mean() - 0.6827) < 5 * math.sqrt(0.22 / n), name  # 68 % within 1 std
 
 
 def test_layer_norms_have_the_published_eps():

@@ -1,4 +1,4 @@
-"""The window attentions, SSA and PEG against loops in float64, for map sizes that windows divide or not."""
+"""Window attention, SSA and PEG against loops in float64, for map sizes divisible by the window or not."""
 import math
 
 import pytest
@@ -11,7 +11,7 @@ from scalablevit import IWSA, LEM, PEG, SSA, SWSA, WSA, attention, depthwise, wi
 
 sides = st.integers(1, 14)
 windows = st.integers(1, 8)
-heads_and_width = st.tuples(st.integers(1, 3), st.integers(1, 4))                       # heads, channels of a head
+heads_and_width = st.tuples(st.integers(1, 3), st.integers(1, 4))                       # heads, channels per head
 
 
 def close(a, b):
@@ -22,8 +22,8 @@ def close(a, b):
     (WSA, plain_pieces, None, None), (SWSA, shifted_pieces, None, None), (LEM, plain_pieces, "lem", None),
     (IWSA, plain_pieces, None, "lim")])
 @given(sides, sides, windows, heads_and_width, st.integers(1, 2))
-def test_every_window_attends_alone(kind, pieces, local, interactive, H, W, M, hd, B):
-    """Shifted in SWSA; LEM adds the convolution of each window's values, IWSA that of the whole value map."""
+def test_windows_attend_separately(kind, pieces, local, interactive, H, W, M, hd, B):
+    """SWSA shifts the windows; LEM adds the convolution of each window's values, IWSA that of the whole value map."""
     heads, d = hd
     module = randomised(kind(heads * d, heads, M))
     x = random_tokens(B, H, W, heads * d)
@@ -32,7 +32,7 @@ def test_every_window_attends_alone(kind, pieces, local, interactive, H, W, M, h
 
 
 @given(sides, sides, st.sampled_from([1, 5, 7]))
-def test_lim_may_have_another_kernel(H, W, kernel):
+def test_lim_works_with_other_kernel_sizes(H, W, kernel):
     module = IWSA(6, 2, 3)
     module.lim = depthwise(6, kernel)
     module, x = randomised(module), random_tokens(1, H, W, 6)
@@ -41,16 +41,16 @@ def test_lim_may_have_another_kernel(H, W, kernel):
 
 @pytest.mark.parametrize("kind", [WSA, LEM])
 @given(sides, sides, windows)
-def test_a_window_that_the_border_cuts_equals_its_tokens_attended_alone(kind, H, W, M):
-    """The bottom right window, cut out of the map and given to the same module as a map of its own."""
+def test_a_window_cut_off_by_the_border_equals_attention_over_its_tokens(kind, H, W, M):
+    """The bottom right window gives the same output when passed to the module as a separate map."""
     module = randomised(kind(4, 2, M))
     x = random_tokens(1, H, W, 4)
     rows, cols = plain_pieces(H, M)[-1], plain_pieces(W, M)[-1]
     close(module(x)[:, rows, cols], module(x[:, rows, cols]))
 
 
-def test_lim_links_windows_and_lem_does_not():
-    """With the same weights, LIM and LEM agree where no window border is near, and only there."""
+def test_lim_connects_windows_and_lem_does_not():
+    """With the same weights, LIM and LEM agree exactly at the tokens that are not next to a window border."""
     lem, iwsa = randomised(LEM(4, 2, 4)), randomised(IWSA(4, 2, 4))
     x = random_tokens(1, 8, 8, 4)
     differs = (lem(x) - iwsa(x)).abs().amax(dim=(0, 3)) > 1e-9
@@ -59,7 +59,7 @@ def test_lim_links_windows_and_lem_does_not():
 
 
 @given(sides, sides, windows, heads_and_width, st.integers(1, 3))
-def test_partition_cuts_windows_and_merge_puts_them_back(H, W, M, hd, B):
+def test_merge_inverts_partition(H, W, M, hd, B):
     heads, d = hd
     C = heads * d
     qkv = random_tokens(B, H, W, 3 * C)
@@ -68,7 +68,7 @@ def test_partition_cuts_windows_and_merge_puts_them_back(H, W, M, hd, B):
     assert parts.shape == (3, B * h * w, heads, M * M, d)
     for part, chunk in zip(parts, qkv.split(C, dim=-1)):
         assert torch.equal(window_merge(part, H, W, M), chunk)
-    window = qkv.new_zeros(M, M, C)                                 # the last window's values, zeros beyond the border
+    window = qkv.new_zeros(M, M, C)                                 # the last window's values, zero-padded
     corner = qkv[-1, plain_pieces(H, M)[-1], plain_pieces(W, M)[-1], 2 * C:]
     window[:corner.shape[0], :corner.shape[1]] = corner
     assert torch.equal(parts[2, -1], window.reshape(M * M, heads, d).transpose(0, 1))
@@ -76,7 +76,7 @@ def test_partition_cuts_windows_and_merge_puts_them_back(H, W, M, hd, B):
 
 @given(sides, sides, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([0.25, 0.5, 1.0, 1.25, 1.35, 2.0]),
        st.sampled_from([1, 2]), st.integers(1, 2))
-def test_ssa_is_attention_to_the_reduced_map_padded_right_and_bottom(H, W, s, rc, heads, B):
+def test_ssa_attends_to_the_reduced_map(H, W, s, rc, heads, B):
     """With r_c = 1.35, C' = int(10.8) while the scale stays 1/sqrt(10.8 / heads)."""
     module = randomised(SSA(8, heads, rc, 1 / s ** 2))
     assert module.q.out_features == module.k.out_features == (8 if s == 1 else math.floor(8 * rc))
@@ -93,12 +93,12 @@ def test_peg_adds_the_convolution_of_the_map(H, W, B):
 
 @given(n=st.integers(1, 9), m=st.integers(1, 20), d=st.integers(1, 9), d_v=st.integers(1, 9),
        mask=st.sampled_from([None, "one row for all queries", "a row for each"]), seed=st.integers(0, 99))
-def test_attention_is_equation_1_with_heads_of_two_sizes(n, m, d, d_v, mask, seed):
+def test_attention_is_equation_1(n, m, d, d_v, mask, seed):
     """Forward and backward, against a loop over the queries."""
     torch.manual_seed(seed)
     q, k, v = (torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True) for size in ((n, d), (m, d), (m, d_v)))
     seen = torch.rand(1, 1, n if mask == "a row for each" else 1, m) < 0.7
-    seen[..., 0] = True                                             # every query sees something
+    seen[..., 0] = True                                             # every query has a key
     z = attention(q, k, v, 0.3, None if mask is None else seen)
     seen, rows = torch.ones(n, m).bool() if mask is None else seen[0, 0].expand(n, m), []
     for head in range(2):
