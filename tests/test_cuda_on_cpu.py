@@ -1,15 +1,14 @@
-"""The CUDA kernels, executed on a CPU: csrc/cuda.cu and ops.cpp's branch for CUDA against plain PyTorch in float64.
+"""The CUDA kernels, executed on a CPU: csrc/cuda.cu and ops.cpp's CUDA path against plain PyTorch in float64.
 
-tests/cuda_on_cpu/ stands in for CUDA's headers: every thread of every block runs, one after the
-other in random order.  It cannot show what a GPU alone has: its compiler's code, its memory and its
-speed.  A kernel that crashes must not take the tests along, so they run in a process of their own,
-which this file is as well:
+tests/cuda_on_cpu/ has stubs for CUDA's headers: every thread of every block runs, one at a time, in random order.
+This does not test nvcc's code, GPU memory or speed.  The kernels run in a separate process, so that a crash does not
+end the tests; this file is also the program of that process:
 
     pytest tests/test_cuda_on_cpu.py
     python tests/test_cuda_on_cpu.py -g -O0                        one small call, for a debugger (docs/kernels.md)
 
-With sanitizers, after every change of a kernel; the second with real threads, for races in shared
-memory (ten times fewer cases, and still minutes):
+Use sanitizers after every change of a kernel.  The second line runs real threads to find races in shared memory (ten
+times fewer cases, but still minutes):
 
     CUDA_ON_CPU="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" pytest tests/test_cuda_on_cpu.py
     CUDA_ON_CPU="-O1 -g -fsanitize=thread -DREAL_THREADS" pytest tests/test_cuda_on_cpu.py
@@ -36,15 +35,15 @@ FLAGS = os.environ.get("CUDA_ON_CPU", "-O1").split()
 REAL_THREADS = "-DREAL_THREADS" in FLAGS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}
-ANY = 2 ** 31 - 1                                                  # blocks of a grid: as many as CUDA allows
+ANY = 2 ** 31 - 1                                                  # blocks per grid: no limit but CUDA's
 
 
 # ------------------------------------------------------------------------------------------------ the other process
 def build(folder, flags):
-    """Loads the kernels, built for a CPU, into this process: ops.cpp's functions, and what else kernels.cpp has."""
-    from torch.utils.cpp_extension import load                     # needs setuptools, and warns where there is no GPU
+    """Build the kernels for a CPU and load them: ops.cpp's functions as a module, those of kernels.cpp by ctypes."""
+    from torch.utils.cpp_extension import load                     # needs setuptools; warns if there is no GPU
 
-    sys.setdlopenflags(os.RTLD_LAZY)     # ops.cpp names the CPU's kernels too: they are not here, and nobody calls them
+    sys.setdlopenflags(os.RTLD_LAZY)     # ops.cpp refers to the CPU kernels, which are not linked and never called
     module = load("cuda_on_cpu", [str(ROOT / "csrc/ops.cpp"), str(HERE / "kernels.cpp")], build_directory=folder,
                   extra_cflags=["-DWITH_CUDA", "'-DON_CUDA(tensor)=true'", "-fno-strict-aliasing", *flags],
                   extra_ldflags=["-Wl,-z,lazy", *(flag for flag in flags if "sanitize" in flag)],
@@ -53,17 +52,17 @@ def build(folder, flags):
 
 
 def windows_h(library, *args):
-    """For B, H, W, heads, d, M, and a strip, one of its tokens, a third and a head: what kernels.cpp lists."""
+    """Arguments: B, H, W, heads, d, M, then a strip, one of its tokens, a third and a head; result: see kernels.cpp."""
     answer = (ctypes.c_int64 * 12)()
     library.windows_h((ctypes.c_int64 * 6)(*args[:6]), *map(ctypes.c_int64, args[6:]), answer)
     return list(answer)
 
 
 def serve(folder, flags):
-    """A request is a function's name, its arguments and launch_with's; the answer, what it returned or raised."""
+    """Answer requests (function name, its arguments, launch_with's arguments) with the result or the exception."""
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     module, library = build(folder, flags)
-    torch.use_deterministic_algorithms(True)                       # torch.empty is full of NaN
+    torch.use_deterministic_algorithms(True)                       # fills torch.empty with NaN
     while True:
         try:
             name, args, launches = pickle.load(sys.stdin.buffer)
@@ -83,7 +82,7 @@ class Process:
         self.log = open(folder / "log", "w+")
         names = [f"lib{name[0]}san.so" for name in ("address", "thread") if any(name in flag for flag in FLAGS)]
         preload = [subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-                   for name in [*names, "libstdc++.so.6"] if names]          # a sanitizer has to be there before Python
+                   for name in [*names, "libstdc++.so.6"] if names]          # sanitizers must be loaded before Python
         env = os.environ | ({"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"} if names else {})
         self.process = subprocess.Popen([sys.executable, __file__, "serve", folder, *FLAGS], env=env, stderr=self.log,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -95,7 +94,7 @@ class Process:
             answer = pickle.load(self.process.stdout)
         except (BrokenPipeError, EOFError):
             self.process.wait()
-            pytest.fail("the process that runs the kernels has ended:\n" + self.end_of_log())
+            pytest.fail("the process that runs the kernels died:\n" + self.end_of_log())
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -110,10 +109,10 @@ class Process:
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
-    """cuda(operator, *args, ...): calls it there.
+    """cuda(operator, *args, ...) calls an operator in the other process.
 
-    threads and blocks: the most that a block and a grid may have; failing: the launch that fails,
-    counted from 0; seed: of the order in which blocks and threads run.
+    threads, blocks: upper limits per block and per grid; failing: index of the launch that fails; seed: determines the
+    order in which blocks and threads run.
     """
     for program in (COMPILER, "ninja"):
         if shutil.which(program) is None:
@@ -121,10 +120,10 @@ def cuda(tmp_path_factory):
     process = Process(tmp_path_factory.mktemp("cuda_on_cpu"))
     yield process
     process.process.stdin.close()
-    assert process.process.wait() == 0, process.end_of_log()       # ThreadSanitizer reports and goes on
+    assert process.process.wait() == 0, process.end_of_log()       # ThreadSanitizer only reports at exit
 
 
-# ------------------------------------------------------------------------------------------------ the plain form
+# ------------------------------------------------------------------------------------------------ plain PyTorch
 def partition(qkv, heads, M):
     """(B, H, W, 3C) -> (3, B·windows, heads, M², d)"""
     B, H, W, C3 = qkv.shape
@@ -144,7 +143,7 @@ def merge_lim(z, qkv, weight, bias, M):
 
 # ------------------------------------------------------------------------------------------------ cases
 def choices():
-    """A function that chooses: evenly, where Hypothesis by itself comes back to what is small or was drawn before."""
+    """A uniform random.choice; Hypothesis's own choices prefer small and repeated values."""
     return st.randoms(use_true_random=True).map(lambda random: random.choice)
 
 
@@ -158,7 +157,7 @@ def examples(n):
 
 @st.composite
 def cases(draw):
-    """Arguments of the operators: maps that windows divide or not, any layout and alignment in memory."""
+    """Arguments of the operators: map sizes divisible by the window or not, any memory layout and alignment."""
     choose = draw(choices())
     B, H, W, M = choose([0, 1, 1, 2, 2]), choose(range(1, 12)), choose(range(1, 12)), choose(range(1, 9))
     heads, d = choose([1, 2, 3]), choose([1, 2, 3, 4, 8, 8, 12, 16, 24, 33, 40])
@@ -167,20 +166,20 @@ def cases(draw):
     generator = torch.Generator().manual_seed(choose(range(1000)))
 
     def tensor(*shape, dtype=dtype):
-        """Begins at a multiple of 16 bytes or one number after; its dimensions may be reversed in memory."""
+        """16-byte aligned, or off by one element; dimensions may be reversed in memory."""
         order = list(range(len(shape)))[::choose([1, 1, 1, -1])]
         offset = choose([0] * 7 + [1])
         flat = torch.randn(offset + math.prod(shape), generator=generator).to(dtype)[offset:]
         return flat.view([shape[i] for i in order]).permute(order)
 
     def attention():
-        """In memory as it is written, as PyTorch's fused kernels have it, as a part of more channels, transposed."""
+        """Contiguous, laid out as by PyTorch's fused attention, a slice of more channels, or transposed."""
         return choose([lambda: tensor(windows, heads, M * M, d),
                        lambda: tensor(windows, M * M, heads, d).transpose(1, 2),
                        lambda: tensor(windows, heads, M * M, d + 1)[..., :d],
                        lambda: tensor(windows, heads, d, M * M).transpose(2, 3)])()
 
-    weights = choose([dtype, torch.promote_types(dtype, torch.float32)])        # under autocast they are float32
+    weights = choose([dtype, torch.promote_types(dtype, torch.float32)])        # float32 under autocast
     return dict(heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), z=attention(), grad=tensor(B, H, W, C),
                 weight=tensor(C, 1, k, k, dtype=weights), bias=tensor(C, dtype=weights),
                 grad_windows=tensor(3, windows, heads, M * M, d))
@@ -195,16 +194,16 @@ def backward_args(case):
 
 
 def close(got, exact):
-    """Within the rounding of got's dtype, measured against the largest element; exact is float64."""
+    """Equal up to rounding in got's dtype, relative to the largest element; exact is float64."""
     assert got.shape == exact.shape
     error = (got.double() - exact).abs() / exact.abs().max().clamp_min(1) if exact.numel() else exact
-    assert (error <= ROUNDING[got.dtype]).all(), f"off by {error.max()}"           # a NaN is not: none may be left over
+    assert (error <= ROUNDING[got.dtype]).all(), f"off by {error.max()}"           # false for NaN
 
 
 # ------------------------------------------------------------------------------------------------ tests
 @examples(150)
 @given(case=cases(), launch=launches)
-def test_partition_moves_every_bit_both_ways(cuda, case, launch):
+def test_partition_forward_and_backward_are_bitwise_exact(cuda, case, launch):
     qkv, heads, M, grad = case["qkv"], case["heads"], case["M"], case["grad_windows"]
     assert torch.equal(cuda("window_partition", qkv, heads, M, **launch), partition(qkv, heads, M))
     leaf = qkv.double().requires_grad_()
@@ -235,8 +234,8 @@ def test_merge_lim_backward_against_autograd_in_float64(cuda, case, launch):
 
 @examples(40)
 @given(case=cases(), launch=launches, other=launches)
-def test_no_bit_depends_on_the_order_of_threads_or_blocks(cuda, case, launch, other):
-    """Nor on how many blocks there are; the number of a block's threads is part of how sums are formed."""
+def test_results_do_not_depend_on_the_order_of_threads_or_blocks(cuda, case, launch, other):
+    """Nor on the number of blocks; the number of threads per block does affect the order of summation."""
     other = other | {"threads": launch["threads"]}
     for name, args in (("window_merge_lim", merge_args(case)), ("window_merge_lim_backward", backward_args(case))):
         first, second = (cuda(name, *args, **settings) for settings in (launch, other))
@@ -246,7 +245,7 @@ def test_no_bit_depends_on_the_order_of_threads_or_blocks(cuda, case, launch, ot
 
 @pytest.mark.parametrize("name, launches", [("window_partition", 1), ("window_partition_backward", 1),
                                             ("window_merge_lim", 1), ("window_merge_lim_backward", 3)])
-def test_each_launch_that_fails_is_an_error(cuda, name, launches):
+def test_every_failed_launch_raises(cuda, name, launches):
     qkv, z, weight = torch.randn(1, 5, 9, 24), torch.randn(2, 2, 49, 4), torch.randn(8, 1, 3, 3)
     args = {"window_partition": (qkv, 2, 7), "window_partition_backward": (torch.stack([z, z, z]), 5, 9, 7),
             "window_merge_lim": (z, qkv, weight, torch.randn(8), 7),
@@ -254,12 +253,12 @@ def test_each_launch_that_fails_is_an_error(cuda, name, launches):
     for failing in range(launches):
         with pytest.raises(RuntimeError, match="CUDA error"):
             cuda(name, *args, failing=failing)
-    cuda(name, *args, failing=launches)                            # one after the last: none is left out above
+    cuda(name, *args, failing=launches)                            # the one after the last: none was missed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_conversions_are_pytorchs(cuda, dtype):
-    """Every number of 16 bits, and float32 numbers of all sizes, with ties, rounded to 16 bits."""
+def test_conversions_match_pytorch(cuda, dtype):
+    """All 16-bit numbers to float32, and float32 numbers of all magnitudes, including ties, to 16 bits."""
     def merge(z, bias):
         qkv, weight = z.new_zeros(1, 1, 1, 3 * len(z)), bias.new_zeros(len(z), 1, 1, 1)
         return cuda("window_merge_lim", z.view(1, 1, 1, -1), qkv, weight, bias, 1, threads=256).flatten()
@@ -276,8 +275,8 @@ def test_conversions_are_pytorchs(cuda, dtype):
 
 @examples(100)
 @given(data=st.data())
-def test_counts_beyond_32_bits(cuda, data):
-    """The index arithmetic of windows.h against Python's integers, for maps that nobody has memory for."""
+def test_indices_beyond_32_bits(cuda, data):
+    """The index arithmetic of windows.h against Python's integers, for maps that would not fit in memory."""
     def number(*bounds):
         return data.draw(st.integers(*bounds))
 
@@ -286,7 +285,7 @@ def test_counts_beyond_32_bits(cuda, data):
     b, wy, wx, third, head = number(0, B - 1), number(0, h - 1), number(0, w - 1), number(0, 2), number(0, heads - 1)
     row, i = number(0, M - 1), number(0, M - 1)
     y, x, window = wy * M + row, wx * M, (b * h + wy) * w + wx
-    strip = (b * h * M + y) * w + wx                               # strips are numbered as they lie in the map
+    strip = (b * h * M + y) * w + wx                               # strips are numbered row by row
     group = sum([third * B * h * w * heads * M * M, window * heads * M * M, head * M * M, row * M + i])
     merged = sum([window * M * M * heads * d, (row * M + i) * heads * d, head * d])        # (windows, M², heads, d)
     assert cuda("windows_h", B, H, W, heads, d, M, strip, i, third, head) == [

@@ -1,6 +1,6 @@
-"""The operators of scalablevit_kernels against float64 and scalablevit.py, and what `fuse` does to a model.
+"""The operators of scalablevit_kernels against float64 and scalablevit.py, and the effect of `fuse` on a model.
 
-Skipped where the extension is not built; the CUDA half runs on a GPU alone (on a CPU: test_cuda_on_cpu.py).
+Skipped if the extension is not built.  CUDA tests need a GPU; test_cuda_on_cpu.py runs the CUDA kernels without one.
 """
 import copy
 import math
@@ -41,13 +41,13 @@ on_devices = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_
 
 # ------------------------------------------------------------------------------------------------ references and cases
 def convolution(qkv, weight, bias):
-    """F(V) from its definition."""
+    """F(V) with conv2d."""
     v = qkv.chunk(3, dim=-1)[2].permute(0, 3, 1, 2)
     return F.conv2d(v, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
 
 def windows_alone(qkv, weight, bias, heads, M):
-    """IWSA's core: each window's real tokens attend to each other, and F(V) is added."""
+    """IWSA between its linear layers: attention among the real tokens of each window, plus F(V)."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(3)                           # (B, H, W, heads, d) each
     rows = []
     for y in range(0, qkv.shape[1], M):
@@ -62,7 +62,7 @@ def windows_alone(qkv, weight, bias, heads, M):
 
 @st.composite
 def cases(draw):
-    """Sizes that M divides or not, maps smaller than a window, tensors in any layout in memory."""
+    """Map sizes divisible by M or not, maps smaller than a window, tensors in any memory layout."""
     B, H, W = draw(st.integers(0, 3)), draw(st.integers(1, 17)), draw(st.integers(1, 17))
     heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 12, 16, 20, 24, 32, 33]))
     M, k = draw(st.integers(1, 9)), draw(st.sampled_from([1, 3, 5, 7]))
@@ -70,8 +70,8 @@ def cases(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
 
     def tensor(*shape, dtype=dtype):
-        order = draw(st.permutations(range(len(shape))))           # of the dimensions in memory
-        step = draw(st.sampled_from([1, 1, 2]))                    # 2: every second element of something larger
+        order = draw(st.permutations(range(len(shape))))           # order of dimensions in memory
+        step = draw(st.sampled_from([1, 1, 2]))                    # 2: every second element
         full = torch.randn([shape[i] for i in order[:-1]] + [shape[order[-1]] * step], generator=generator).to(dtype)
         return full[..., ::step].permute([order.index(i) for i in range(len(shape))])
 
@@ -83,7 +83,7 @@ def cases(draw):
 
 
 def close(got, exact):
-    """Within the rounding of got's dtype, measured against the largest element; exact is float64."""
+    """Equal up to rounding in got's dtype, relative to the largest element; exact is float64."""
     assert got.shape == exact.shape
     if exact.numel():
         error, scale = (got.cpu().double() - exact).abs().max(), exact.abs().max().clamp_min(1)
@@ -91,7 +91,7 @@ def close(got, exact):
 
 
 def check(operator, reference, inputs, grad, device):
-    """Output and gradients of operator(*inputs) against those of reference in float64."""
+    """Compare outputs and gradients of operator(*inputs) with the reference in float64."""
     exact = [t.double().requires_grad_() for t in inputs]
     own = [t.detach().to(device, copy=True).requires_grad_() for t in inputs]
     out, got = reference(*exact), operator(*own)
@@ -108,7 +108,7 @@ def check(operator, reference, inputs, grad, device):
 @on_devices
 @some
 @given(case=cases())
-def test_partition_moves_every_bit_both_ways(device, case):
+def test_partition_forward_and_backward_are_bitwise_exact(device, case):
     qkv, heads, M, grad = case["qkv"], case["heads"], case["M"], case["grad_windows"]
     assert torch.equal(ops.window_partition(qkv.to(device), heads, M).cpu(), window_partition(qkv, heads, M))
     leaf = qkv.double().requires_grad_()
@@ -130,8 +130,8 @@ def test_merge_lim_against_its_definition(device, case):
 @needs_kernels
 @some
 @given(case=cases(), sharpness=st.sampled_from([1, 1, 30]))
-def test_one_pass_against_windows_alone(case, sharpness):
-    """With sharp scores a softmax has all but one of its weights near 0, and a large sum to keep from overflow."""
+def test_iwsa_against_attention_in_each_window(case, sharpness):
+    """Sharp scores make the softmax nearly one-hot, and would overflow if the maximum were not subtracted."""
     channels, heads, M = case["qkv"].shape[-1], case["heads"], case["M"]
     case["qkv"] = case["qkv"] * torch.where(torch.arange(channels) < channels // 3, sharpness, 1).to(case["qkv"].dtype)
     check(lambda *t: ops.iwsa(*t, heads, M), lambda *t: windows_alone(*t, heads, M),
@@ -140,8 +140,8 @@ def test_one_pass_against_windows_alone(case, sharpness):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_pass_takes_windows_of_any_size(dtype):
-    """A window of 23 x 19 tokens: more queries than are taken at once, and more keys than fit in registers."""
+def test_iwsa_with_large_windows(dtype):
+    """A window of 23 x 19 tokens: more queries than are processed at a time, and more keys than fit in registers."""
     inputs = [torch.randn(*shape, dtype=dtype) for shape in ((2, 25, 19, 72), (24, 1, 3, 3), (24,))]
     check(lambda *t: ops.iwsa(*t, 2, 23), lambda *t: windows_alone(*t, 2, 23), inputs,
           torch.randn(2, 25, 19, 24, dtype=dtype), "cpu")
@@ -150,8 +150,8 @@ def test_one_pass_takes_windows_of_any_size(dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channel", [1, 9])
-def test_in_one_pass_a_nan_stays_in_its_window(dtype, channel):
-    """In a query or a value, forward and backward.  The buffers of a 3 x 3 window are used again by one of 3 tokens."""
+def test_in_iwsa_a_nan_stays_in_its_window(dtype, channel):
+    """In a query or a value, forward and backward.  The buffers of the 3 x 3 window are reused for one of 3 tokens."""
     qkv, weight, bias = torch.randn(1, 3, 4, 12).to(dtype), torch.zeros(4, 1, 1, 1).to(dtype), torch.zeros(4).to(dtype)
     qkv[0, 1, 0, channel] = math.nan
     dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 3, 4, 4).to(dtype), qkv, weight, 1, 3)
@@ -162,17 +162,17 @@ def test_in_one_pass_a_nan_stays_in_its_window(dtype, channel):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_that_are_huge_select_one_key(dtype):
-    """Softmax of numbers far apart is one-hot, however large they are."""
+def test_huge_scores_select_one_key(dtype):
+    """The softmax of widely spaced scores is one-hot, however large they are."""
     size = {torch.float16: 30, torch.bfloat16: 1e4}.get(dtype, 1e15)
     for seed in range(30):
         torch.manual_seed(seed)
-        qkv = torch.zeros(1, 1, 17, 51)                             # one window of 17 tokens, with as many channels
+        qkv = torch.zeros(1, 1, 17, 51)                             # one window of 17 tokens, d = 17
         qkv[..., 0], qkv[..., 17] = size, torch.randn(17) * size
-        qkv[0, 0, :, 34:] = torch.eye(17)                           # V: which key it was
+        qkv[0, 0, :, 34:] = torch.eye(17)                           # V: one-hot index of the key
         largest = qkv[0, 0, :, 17].topk(2)
         if largest.values.diff().abs() < 0.1 * size:
-            continue                                                # two that are close; their rounding would decide
+            continue                                                # too close: rounding would decide
         out = ops.iwsa(qkv.to(dtype), torch.zeros(17, 1, 1, 1).to(dtype), torch.zeros(17).to(dtype), 1, 17)
         assert torch.equal(out[0, 0], F.one_hot(largest.indices[0], 17).to(dtype).expand(17, -1))
 
@@ -180,7 +180,7 @@ def test_scores_that_are_huge_select_one_key(dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_that_differ_in_the_last_bit(dtype):
-    """Their products with the scale may be equal, and still the larger one has to be subtracted from both."""
+    """Multiplied by the scale they may be equal; even so, the larger one must be subtracted from both."""
     for d in range(20, 40):
         for x in torch.logspace(8, 14, 20, dtype=dtype):
             qkv = torch.zeros(1, 1, 2, 3 * d, dtype=dtype)
@@ -193,7 +193,7 @@ def test_scores_that_differ_in_the_last_bit(dtype):
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_stay_what_they_are(device, dtype):
+def test_nan_and_infinity_are_preserved(device, dtype):
     def merge(z, bias):
         qkv, weight = z.new_zeros(1, 1, 1, 12), bias.new_zeros(4, 1, 3, 3)
         return ops.window_merge_lim(z.view(1, 1, 1, 4), qkv, weight, bias, 1).flatten()
@@ -201,12 +201,12 @@ def test_nan_and_infinity_stay_what_they_are(device, dtype):
     z = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(dtype).max], dtype=dtype, device=device)
     got = merge(z, z.new_zeros(4))
     assert torch.equal(got.nan_to_num(7.0), z.nan_to_num(7.0)) and got[0].isnan()
-    if dtype != torch.float64:                                     # a NaN that rounding its bits up would make a zero
+    if dtype != torch.float64:                                     # a NaN whose bits, rounded up, would be zero
         bias = torch.full((4,), 0x7fffffff, dtype=torch.int32, device=device).view(torch.float32)
         assert merge(z, bias).isnan().all()
 
 
-# ------------------------------------------------------------------------------------------------ as PyTorch sees them
+# ------------------------------------------------------------------------------------------------ PyTorch integration
 def leaf(*shape, dtype=torch.float64, device="cpu"):
     return torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)
 
@@ -235,7 +235,7 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(ops.window_partition, (qkv, 2, 3))
     torch.library.opcheck(ops.window_partition_backward, (leaf(3, 12, 2, 9, 4, dtype=dtype, device=device), 8, 5, 3))
     torch.library.opcheck(ops.window_merge_lim, (z, qkv, weight, bias, 3))
-    inputs = [t.detach() for t in (torch.randn_like(qkv[..., :8]), qkv, weight)]       # no derivative of its own
+    inputs = [t.detach() for t in (torch.randn_like(qkv[..., :8]), qkv, weight)]       # not differentiable
     torch.library.opcheck(ops.window_merge_lim_backward, (*inputs, 2, 3))
     if device == "cpu":
         torch.library.opcheck(ops.iwsa, (qkv, weight, bias, 2, 3))
@@ -243,7 +243,7 @@ def test_opcheck(device, dtype):
 
 
 @needs_kernels
-def test_forward_mode_is_an_error_and_not_a_lost_tangent():
+def test_forward_mode_raises():
     qkv = torch.randn(1, 4, 4, 12)
     with forward_ad.dual_level():
         for op, args in ((ops.window_partition, (2, 2)), (ops.iwsa, (torch.zeros(4, 1, 3, 3), torch.zeros(4), 2, 2))):
@@ -252,7 +252,7 @@ def test_forward_mode_is_an_error_and_not_a_lost_tangent():
 
 
 @on_devices
-def test_same_bits_in_every_run_and_for_any_number_of_threads(device):
+def test_results_are_bitwise_equal_for_any_number_of_threads(device):
     qkv, weight = torch.randn(3, 23, 29, 3 * 40, device=device), torch.randn(40, 1, 3, 3, device=device)
     grad, threads, seen = torch.randn(3, 23, 29, 40, device=device), torch.get_num_threads(), []
     try:
@@ -323,17 +323,17 @@ def bad_inputs():
 
 @on_devices
 @pytest.mark.parametrize("match, op, args", [(match, op, args) for match, op, *args in bad_inputs()])
-def test_bad_input_is_an_error_that_says_what_is_accepted(device, match, op, args):
-    """From the kernels and from the fake forms alike."""
+def test_bad_input_raises_and_says_what_is_accepted(device, match, op, args):
+    """From the kernels and from the fake implementations."""
     if device == "cuda" and op.startswith("iwsa"):
-        pytest.skip("on a CPU alone")
+        pytest.skip("CPU only")
     for place in device, "meta":
         with pytest.raises(RuntimeError, match=match):
             getattr(ops, op)(*(a.to(place) if isinstance(a, torch.Tensor) else a for a in args))
 
 
 @needs_kernels
-def test_tensors_on_two_devices_are_an_error():
+def test_tensors_on_two_devices_raise():
     qkv, weight, bias = torch.randn(2, 6, 6, 24), torch.randn(8, 1, 3, 3), torch.randn(8)
     with pytest.raises(RuntimeError, match="be on"):
         ops.iwsa(qkv, weight, bias.to("meta"), 2, 3)
@@ -342,9 +342,9 @@ def test_tensors_on_two_devices_are_an_error():
 # ------------------------------------------------------------------------------------------------ fuse
 @on_devices
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_fused_model_computes_and_costs_the_same(device, autocast):
+def test_a_fused_model_has_the_same_outputs_gradients_and_cost(device, autocast):
     model = scalablevit_tiny(num_classes=5).to(device)
-    images = torch.randn(2, 3, 75, 110, device=device)              # no window side divides these maps
+    images = torch.randn(2, 3, 75, 110, device=device)              # maps not divisible by the window
 
     def step():
         model.zero_grad()
@@ -374,7 +374,7 @@ def test_a_fused_model_computes_and_costs_the_same(device, autocast):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)])
-def test_linear_layers_and_gelu_of_a_fused_model_in_inference(dtype, bound):
+def test_a_fused_mlp_in_inference(dtype, bound):
     mlp = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)).to(dtype)
     exact = copy.deepcopy(mlp).double()
     fuse(mlp)
@@ -391,17 +391,17 @@ def test_linear_layers_and_gelu_of_a_fused_model_in_inference(dtype, bound):
 
 
 def lim(**kwargs):
-    """Puts another convolution in the place of LIM."""
+    """Replace LIM by another convolution."""
     arguments = dict(kernel_size=3, padding=1, groups=8) | kwargs
     return lambda module: setattr(module, "lim", nn.Conv2d(8, 8, **arguments))
 
 
 def changes():
-    """By name, what a reader may do to an IWSA of 8 channels, beyond what the kernels compute."""
+    """Changes that a user may make to an IWSA of 8 channels and that the kernels do not support, by name."""
     def hook(kind, result):
         return lambda module: getattr(module.lim, f"register_{kind}_hook")(result)
 
-    def temperature(module):                                        # a parameter that the kernels do not know
+    def temperature(module):                                        # a parameter unknown to the kernels
         module.temperature, attend = nn.Parameter(torch.tensor(2.0)), module.attend
         module.attend = lambda qkv: module.temperature * attend(qkv)
 
@@ -432,7 +432,7 @@ def changes():
 @on_devices
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", changes())
-def test_what_a_reader_changes_is_what_runs(device, when, name, capsys):
+def test_a_changed_layer_runs_as_changed(device, when, name, capsys):
     def train(change, fused=False):
         torch.manual_seed(0)
         module = IWSA(8, 2, window=3)
@@ -459,7 +459,7 @@ def test_what_a_reader_changes_is_what_runs(device, when, name, capsys):
 
 @on_devices
 @pytest.mark.parametrize("kwargs", [{"stride": 2}, {"padding": 2}, {"kernel_size": 4, "padding": 2}], ids=str)
-def test_a_convolution_that_does_not_fit_is_an_error_as_it_is_unfused(device, kwargs):
+def test_a_convolution_with_another_output_size_raises_as_without_fuse(device, kwargs):
     module = fuse(IWSA(8, 2, window=3))
     lim(**kwargs)(module)
     with pytest.raises(RuntimeError):
@@ -467,10 +467,10 @@ def test_a_convolution_that_does_not_fit_is_an_error_as_it_is_unfused(device, kw
 
 
 @needs_kernels
-def test_an_edit_that_shows_on_maps_narrower_than_a_window_is_noticed(monkeypatch, capsys):
+def test_fuse_detects_an_edit_that_only_affects_maps_narrower_than_a_window(monkeypatch, capsys):
     attend = IWSA.attend
 
-    def narrower(self, qkv, top=0, left=0):                         # M = min(window, min(H, W)) in the file's text
+    def narrower(self, qkv, top=0, left=0):                         # as M = min(window, min(H, W)) in the file
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self, "window", min(self.window, *qkv.shape[1:3]))
             return attend(self, qkv, top, left)
@@ -480,8 +480,8 @@ def test_an_edit_that_shows_on_maps_narrower_than_a_window_is_noticed(monkeypatc
 
 
 @needs_kernels
-def test_an_iwsa_of_another_file_is_left_alone_and_named(capsys):
-    own = type("IWSA", (nn.Linear,), {"__module__": "backbone"})    # a copy of the file, say
+def test_an_iwsa_class_of_another_file_is_not_fused(capsys):
+    own = type("IWSA", (nn.Linear,), {"__module__": "backbone"})    # such as a copy of the file
     fuse(nn.Sequential(own(2, 2), SSA(8, 2)))
     assert "0 (backbone.IWSA is not scalablevit.IWSA)" in capsys.readouterr().out
 
@@ -506,7 +506,7 @@ def test_cuda_graph():
         expected, stream = model(x), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            torch.testing.assert_close(model(x), expected)          # on another stream than the default one
+            torch.testing.assert_close(model(x), expected)          # on a non-default stream
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -527,8 +527,8 @@ def test_without_torch_or_a_compiler_the_python_module_is_installed(tmp_path, re
     assert [path.name for path in (tmp_path / "build").rglob("*.*")] == ["scalablevit.py"]
 
 
-def test_the_file_knows_nothing_of_the_kernels():
-    """It works when copied alone: it imports PyTorch and the standard library only."""
+def test_the_file_does_not_depend_on_the_kernels():
+    """It imports only PyTorch and the standard library."""
     code = "import sys; import scalablevit; print(sorted({name.partition('.')[0] for name in sys.modules}))"
     got = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "scalablevit_kernels" not in got and "torchvision" not in got

@@ -1,4 +1,4 @@
-"""The training program: its recipe piece by piece, runs that stop and go on to the same end, faults, mistakes."""
+"""The training program: each part of the recipe, stopped and resumed runs, corrupt files, user errors."""
 import argparse
 import contextlib
 import fcntl
@@ -29,13 +29,13 @@ RECIPE = ["--mixup", 0.8, "--cutmix", 1, "--reprob", 0.25, "--randaugment", 2, "
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Runs the program in this process: call(arguments) -> exit status, what it printed, its errors."""
+    """Run the program in this process: call(arguments) -> exit status, stdout, stderr."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(os, "fsync", lambda file: None)                        # a busy disk takes many seconds over it
+    monkeypatch.setattr(os, "fsync", lambda file: None)                        # takes seconds on a busy disk
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, args)])
-        for number, handler in handlers.items():                               # as when a process starts
+        for number, handler in handlers.items():                               # as in a new process
             signal.signal(number, handler)
         try:
             train.main()
@@ -56,7 +56,7 @@ def succeed(result):
 
 
 def fail(result):
-    """The one sentence of a run that a mistake ended."""
+    """The one-line error message of a run with a user error."""
     status, out, err = result
     assert status == 2 and "Traceback" not in err and len(err.splitlines()) == 1, out + err
     return err
@@ -71,7 +71,7 @@ def load(output, name="last.pt"):
 
 
 def assert_same_end(a, b, exactly=True):
-    """The same weights and log, to the last bit, or but for rounding, of which AdamW's first steps make much."""
+    """The same weights and log: bitwise, or up to rounding errors, which AdamW's first steps amplify."""
     ours, theirs = load(a)["model"], load(b)["model"]
     if exactly:
         assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
@@ -82,7 +82,7 @@ def assert_same_end(a, b, exactly=True):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The digits 0 and 1.  32 images: 4 steps of 8 in an epoch; and 9 to validate, unequal shares for two processes."""
+    """Digits 0 and 1: 32 training images (4 steps of 8 per epoch) and 9 validation images (odd, for two processes)."""
     root = tmp_path_factory.mktemp("data") / "data"
     train.draw_digits(root, 16, 5, side=32)
     for split, digit in [(split, str(digit)) for split in ("train", "val") for digit in range(2, 10)]:
@@ -93,7 +93,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def finished(data, tmp_path_factory, call):
-    """A finished run of three epochs of four steps, with the recipe, and the arguments that it was called with."""
+    """The folder and the arguments of a finished run: three epochs of four steps with the full recipe."""
     output = tmp_path_factory.getbasetemp() / "finished"
     args = ["--data", data, "--epochs", 3, *QUICK, *RECIPE, "--drop-path-rate", 0.1]
     if not output.exists():
@@ -103,7 +103,7 @@ def finished(data, tmp_path_factory, call):
 
 
 def interpose(patch, owner, name, number, happen):
-    """At the call of owner.name with this number, counted from 1, something happens first."""
+    """Call happen() before the number-th call (from 1) of owner.name."""
     real, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
@@ -119,7 +119,7 @@ def sending(number):
 
 
 # ---------------------------------------------------------------------------- the recipe
-def test_the_papers_run_is_the_default_of_s_b_and_l_and_tiny_has_no_heavy_augmentation(monkeypatch, tmp_path, call):
+def test_s_b_and_l_default_to_the_papers_recipe_and_tiny_to_light_augmentation(monkeypatch, tmp_path, call):
     chosen = []
     monkeypatch.setattr(train, "ImageFolder", lambda root, args, train: chosen.append(vars(args)) or sys.exit())
     paper = dict(size=224, epochs=300, warmup_epochs=5, weight_decay=0.05, clip_grad=5, label_smoothing=0.1, mixup=0.8,
@@ -135,7 +135,7 @@ def test_the_papers_run_is_the_default_of_s_b_and_l_and_tiny_has_no_heavy_augmen
 
 
 @given(st.integers(1, 50), st.integers(0, 20), st.floats(1e-4, 1e-2))
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine(steps, warmup, peak):
+def test_the_learning_rate_has_linear_warmup_and_cosine_decay(steps, warmup, peak):
     rates = [train.learning_rate(i, steps + warmup, warmup, peak) for i in range(steps + warmup + 1)]
     assert rates[0] == pytest.approx(1e-6 if warmup else peak) and rates[-1] == pytest.approx(1e-5)
     assert rates[:warmup] == pytest.approx(list(np.linspace(1e-6, peak, warmup, endpoint=False)))
@@ -144,7 +144,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(steps, warmup, peak
 
 
 def batches(n, world, first=0, steps=3, **args):
-    """The keys that each process gets: a list per process, of batches."""
+    """For each process, its list of batches of keys."""
     keys = []
     for rank in range(world):
         with mock.patch.multiple(train, RANK=rank, WORLD_SIZE=world):
@@ -154,9 +154,9 @@ def batches(n, world, first=0, steps=3, **args):
 
 @given(st.integers(0, 60), st.sampled_from([1, 2, 3, 4]), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4),
        st.integers(0, 5))
-def test_the_sampler_repeats_images_and_shares_them_out(extra, world, b, accum, repeats, seed):
+def test_the_sampler_repeats_images_and_distributes_them(extra, world, b, accum, repeats, seed):
     n, args = world * accum * b + extra, dict(batch_size=b, accum=accum, aug_repeats=repeats, seed=seed)
-    steps = n // (world * accum * b)                                           # of each of three epochs
+    steps = n // (world * accum * b)                                           # per epoch, for three epochs
     own = batches(n, world, steps=3 * steps, **args)
     assert all(len(part) == 3 * steps * accum and all(len(batch) == b for batch in part) for part in own)
     orders = []
@@ -164,17 +164,17 @@ def test_the_sampler_repeats_images_and_shares_them_out(extra, world, b, accum, 
         shares = [sum(part[epoch * steps * accum:(epoch + 1) * steps * accum], []) for part in own]
         counts, taken = Counter(index for share in shares for index, _ in share), steps * world * accum * b
         assert set(counts) <= set(range(n)) and max(counts.values()) <= repeats
-        assert len(counts) == -(-taken // repeats)                             # all but one as often as they may be
-        assert len({seed for share in shares for _, seed in share}) == taken   # and each time another crop
+        assert len(counts) == -(-taken // repeats)                             # all but one image `repeats` times
+        assert len({seed for share in shares for _, seed in share}) == taken   # with different augmentation
         if world >= repeats:                                                   # copies go to different processes
             assert all(len({index for index, _ in share}) == len(share) for share in shares)
         orders.append(str(shares[0]))
-    assert len(set(orders)) == 3                                               # shuffled and cropped anew
-    first = seed % (3 * steps)                                                 # resumed anywhere
+    assert len(set(orders)) == 3                                               # epochs differ
+    first = seed % (3 * steps)                                                 # resumed at any step
     assert batches(n, world, first=first, steps=3 * steps, **args) == [part[first * accum:] for part in own]
 
 
-def test_a_step_and_the_pairs_that_mix_joins_are_the_same_however_it_is_split_and_no_copies_are_joined():
+def test_mixed_pairs_do_not_depend_on_the_number_of_processes_and_are_never_copies():
     pairs = set()
     for world, accum in ((1, 1), (2, 1), (1, 4), (2, 2), (4, 1)):
         b = 16 // (world * accum)
@@ -185,8 +185,8 @@ def test_a_step_and_the_pairs_that_mix_joins_are_the_same_however_it_is_split_an
 
 
 @given(st.integers(0, 10 ** 6), st.integers(1, 3), st.integers(2, 40), st.integers(2, 40), st.booleans())
-def test_mixed_targets_sum_to_one_and_tell_the_share_of_each_image(seed, half, H, W, cut):
-    """Image i is i everywhere, so what is in a mixed one can be read off it."""
+def test_mixed_targets_match_the_share_of_each_image(seed, half, H, W, cut):
+    """All pixels of image i are i, so a mixed image reveals its parts."""
     B, args = 2 * half, argparse.Namespace(mixup=0.8 * (not cut), cutmix=1.0 * cut)
     images, other = torch.arange(B).double().view(B, 1, 1, 1).repeat(1, 3, H, W), (torch.arange(B) - half) % B
     torch.manual_seed(seed)
@@ -194,7 +194,7 @@ def test_mixed_targets_sum_to_one_and_tell_the_share_of_each_image(seed, half, H
     torch.testing.assert_close(targets.sum(1), torch.ones(B).double())
     torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(B).double())
     assert all(set(row.nonzero().flatten().tolist()) <= {i, int(other[i])} for i, row in enumerate(targets))
-    if cut:                                                                    # one rectangle, the same in all
+    if cut:                                                                    # the same rectangle in all images
         pasted = mixed[:, 0] == other.view(B, 1, 1)
         assert (pasted | (mixed[:, 0] == torch.arange(B).view(B, 1, 1))).all() and (pasted == pasted[0]).all()
         assert torch.equal(pasted[0], pasted[0].any(1)[:, None] & pasted[0].any(0))
@@ -207,8 +207,8 @@ def image_folder(root, train_images=True, **more):
     return train.ImageFolder(root, argparse.Namespace(**args | more), train_images)
 
 
-def test_random_erasing_and_randaugment_take_their_shares(data, monkeypatch):
-    """Erasing: of a quarter of the images 0.02 to 1/3.  Two operations, each half the time, magnitude 9 of 10."""
+def test_random_erasing_and_randaugment_have_their_probabilities(data, monkeypatch):
+    """Erases 0.02 to 1/3 of the area in a quarter of the images; two operations, each with probability 1/2."""
     operation = mock.Mock(side_effect=lambda image: image)
     randaugment = mock.Mock(return_value=operation)
     monkeypatch.setattr(train.v2, "RandAugment", randaugment)
@@ -222,8 +222,8 @@ def test_random_erasing_and_randaugment_take_their_shares(data, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(640, 200), (500, 375), (90, 120)])
-def test_random_crops_are_those_of_torchvision(size, data):
-    """Red tells the column and green the row, so the crop can be read off the image that comes out."""
+def test_random_crops_match_torchvision(size, data):
+    """Red encodes the column and green the row, so the output reveals the crop."""
     (W, H), folder = size, image_folder(data / "train", size=64)
     columns, rows = np.meshgrid(np.linspace(0, 255, W), np.linspace(0, 255, H))
     image = Image.fromarray(np.stack([columns, rows, rows], -1).round().astype(np.uint8))
@@ -235,14 +235,14 @@ def test_random_crops_are_those_of_torchvision(size, data):
             torch.manual_seed(seed)
             crop = np.asarray(transform(image), dtype=float) / 255                            # (64, 64, 3)
             w, h = 2 * (crop[:, 48, 0] - crop[:, 16, 0]).mean(), 2 * (crop[48, :, 1] - crop[16, :, 1]).mean()
-            assert crop.shape == (64, 64, 3) and 0.7 < abs(w) * W / (h * H) < 1.43            # clipping broke this
+            assert crop.shape == (64, 64, 3) and 0.7 < abs(w) * W / (h * H) < 1.43            # fails if clipped
             crops.append([w < 0, abs(w), h, abs(w) * h, crop[..., 0].mean(), crop[..., 1].mean(), crop[..., 1].std()])
         means.append(np.mean(crops, axis=0))
     assert means[0] == pytest.approx(means[1], abs=0.03) and means[0][0] == pytest.approx(0.5, abs=0.06)
 
 
-def test_accuracy_is_the_share_of_images_whose_largest_or_five_largest_logits_have_their_class():
-    logits = -(torch.arange(8) - torch.tensor([0, 1, 2, 2, 3])[:, None]).abs().float()      # the nearest are largest
+def test_top1_and_top5_accuracy():
+    logits = -(torch.arange(8) - torch.tensor([0, 1, 2, 2, 3])[:, None]).abs().float()      # largest at the given class
     model, loader = mock.Mock(return_value=logits), mock.MagicMock()
     loader.__iter__.return_value = 2 * [(torch.zeros(5, 2, 2, 3).byte(), None, torch.tensor([0, 1, 2, 3, 7]), [""])]
     loader.dataset.samples = range(10)
@@ -251,7 +251,7 @@ def test_accuracy_is_the_share_of_images_whose_largest_or_five_largest_logits_ha
 
 # ---------------------------------------------------------------------------- images
 def picture(size=(60, 40), seed=0):
-    """Smooth and colourful, as photographs are."""
+    """Smooth and colorful, like photographs."""
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.BICUBIC)
 
@@ -265,13 +265,13 @@ TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipu
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_images_are_turned_as_their_exif_says_and_damaged_exif_does_no_harm(suffix, tmp_path):
+def test_images_are_rotated_according_to_exif_and_corrupt_exif_is_ignored(suffix, tmp_path):
     for orientation, turned in TURNED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture().save(tmp_path / f"x.{suffix}", exif=exif, quality=100)
         assert distance(train.read_image(tmp_path / f"x.{suffix}", 60), turned(np.asarray(picture()))) < 5
-    if suffix == "jpg":                                                        # decoded smaller, but not below 3 x size
+    if suffix == "jpg":                                                        # decoded smaller, but >= 3 x size
         picture((1600, 1200)).save(tmp_path / "x.jpg")
         assert [train.read_image(tmp_path / "x.jpg", size).size for size in (50, 51)] == [(200, 150), (400, 300)]
     for mode in ("RGB", "L", "1", "P", "RGBA", "LA") if suffix == "png" else ("RGB", "CMYK") if suffix == "jpg" else ():
@@ -281,7 +281,7 @@ def test_images_are_turned_as_their_exif_says_and_damaged_exif_does_no_harm(suff
         assert read.mode == "RGB" and distance(read, image.convert("RGB")) < 8
 
 
-def test_evaluation_resizes_and_takes_the_centre_and_erases_nothing(tmp_path):
+def test_evaluation_resizes_and_center_crops_without_erasing(tmp_path):
     for i, (W, H) in enumerate([(320, 256), (256, 320), (300, 100), (50, 70), (256, 256)]):
         (tmp_path / str(i) / "x").mkdir(parents=True)
         picture((W, H), i).save(tmp_path / str(i) / "x" / "x.png")
@@ -298,7 +298,7 @@ def folder_of(root, *names):
         Image.new("L", (8, 8)).save(root / name, format="png")
 
 
-def test_files_of_any_name_are_found_and_hidden_ones_and_others_and_links_that_lead_back_are_not(tmp_path):
+def test_image_folder_skips_hidden_files_other_files_and_symlinked_subfolders(tmp_path):
     folder_of(tmp_path / "x" / "a", "0.PNG", "._0.png", "notes.txt", "notes.pdf", "Ελλάς 日.jpg", "a b\nc.jpeg")
     folder_of(tmp_path / "elsewhere", "1.png")
     folder_of(tmp_path / "x" / "a" / "deeper", "2.png")
@@ -315,7 +315,7 @@ def test_files_of_any_name_are_found_and_hidden_ones_and_others_and_links_that_l
 
 
 # ---------------------------------------------------------------------------- runs
-def test_a_run_leaves_a_log_and_whole_checkpoints_and_eval_gives_the_accuracy_of_the_best_epoch(
+def test_a_run_writes_a_log_and_checkpoints_and_eval_reports_the_best_epoch(
         finished, data, call, monkeypatch):
     output, _ = finished
     printed, best = (output / "printed").read_text(), max(log_of(output, "top1"))
@@ -328,20 +328,20 @@ def test_a_run_leaves_a_log_and_whole_checkpoints_and_eval_gives_the_accuracy_of
     for args in (["--output", output], ["--init", output / "best.pt", "--data", data, "--workers", 1]):
         assert f"top-1 {best:.2f} %  top-5 100.00 %" in succeed(call("--eval", *args))
     monkeypatch.setattr(train, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):                                     # no success: Python's own status
+    with pytest.raises(KeyboardInterrupt):                                     # must not look like success
         call("--output", output, "--eval")
 
 
 class Killed(BaseException):
-    """What no handler in the program sees, as little as it sees a kill -9."""
+    """Not caught by any handler in the program, like kill -9."""
 
 
 @pytest.mark.parametrize("how, where, number, workers, saved", [
     ("kill", "cross_entropy", 8, 0, 6), ("kill", "cross_entropy", 10, 2, 9), ("kill", "replace", 6, 0, 4),
     ("kill", "fsync", 7, 0, 4), ("kill", "evaluate", 2, 0, 8), ("SIGTERM", "cross_entropy", 6, 0, 6),
     ("SIGINT", "cross_entropy", 8, 2, 8), ("SIGTERM", "evaluate", 2, 0, 9)])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, where, number, workers, saved, finished, call, tmp_path):
-    """Saved every 3 steps and at each epoch's end, every 4; stopped in a step, in a save, or in an evaluation."""
+def test_a_resumed_run_ends_with_the_same_weights(how, where, number, workers, saved, finished, call, tmp_path):
+    """Saves every 3 steps and after each epoch (4 steps); stopped during a step, a save or an evaluation."""
     output, args = finished
     args = [*args, "--output", tmp_path / "out", "--save-every", 3, "--workers", workers]
     owner = {"cross_entropy": train.F, "evaluate": train}.get(where, os)
@@ -356,11 +356,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(how, where, number, work
     assert_same_end(tmp_path / "out", output)
 
 
-def test_a_folder_that_holds_another_run_is_refused_and_resume_replaces_its_settings(finished, call, tmp_path):
+def test_a_folder_with_another_run_is_refused_and_resume_changes_its_settings(finished, call, tmp_path):
     output, args = finished
     shutil.copytree(output, tmp_path / "out")
     args, resume = [*args, "--output", tmp_path / "out"], ["--resume", "--output", tmp_path / "out"]
-    succeed(call(*args))                                                       # the same run, which is done
+    succeed(call(*args))                                                       # the same run, already finished
     for more in (["--lr", 0.1], ["--seed", 1], ["--epochs", 4]):
         assert "holds a run with other settings" in fail(call(*args, *more))
     assert "was not trained with --model s" in fail(call(*args, "--model", "s"))
@@ -369,21 +369,21 @@ def test_a_folder_that_holds_another_run_is_refused_and_resume_replaces_its_sett
         assert "neither --init nor --eval" in fail(call(*resume, *more))
     assert (tmp_path / "out" / "last.pt").read_bytes() == (output / "last.pt").read_bytes()
     last = load(output)
-    for state in last["optimizer"]["state"].values():                          # fused AdamW would write far beyond it
+    for state in last["optimizer"]["state"].values():                          # fused AdamW would write out of bounds
         state["exp_avg"] = torch.zeros(()).expand(state["exp_avg"].shape)
     torch.save(last, tmp_path / "out" / "last.pt")
     succeed(call(*resume, "--weight-decay", 0.3, "--epochs", 4))
     assert log_of(tmp_path / "out", "epoch") == [1, 2, 3, 4]
     model = scalablevit.scalablevit_tiny(num_classes=2)
     exempt = len(model.no_weight_decay())
-    for folder, decay in ((output, 0.05), (tmp_path / "out", 0.3)):            # none on biases, norms and the PEG
+    for folder, decay in ((output, 0.05), (tmp_path / "out", 0.3)):            # 0 for biases, norms and the PEG
         last = load(folder)
         groups = last["optimizer"]["param_groups"]
         assert [group["weight_decay"] for group in groups] == [decay, 0] and last["settings"]["weight_decay"] == decay
         assert [len(group["params"]) for group in groups] == [len(list(model.parameters())) - exempt, exempt]
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(data, call, tmp_path):
+def test_a_folder_that_another_process_is_writing_to_is_refused(data, call, tmp_path):
     ready, done = os.pipe(), os.pipe()
     if os.fork() == 0:
         lock = open(tmp_path / ".lock", "w")
@@ -398,17 +398,17 @@ def test_a_folder_that_another_process_writes_to_is_refused(data, call, tmp_path
     assert "another process is writing to" in fail(result)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(data, call, tmp_path):
+def test_gradient_accumulation_equals_one_large_batch(data, call, tmp_path):
     for accum in (1, 4):
         succeed(call("--data", data, "--output", tmp_path / str(accum), "--epochs", 1, *QUICK, *RECIPE,
                      "--batch-size", 8 // accum, "--accum", accum))
     assert_same_end(tmp_path / "1", tmp_path / "4", exactly=False)
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="threads are named under Linux's /proc")
-def test_two_processes_take_the_steps_of_one_and_torchrun_starts_and_stops_them(data, call, tmp_path):
-    """One of two is killed in step 6, and both begin anew from step 5; torchrun gets a SIGTERM in step 7, and a second
-    torchrun goes on.  And gloo's threads do not outlive the run: one that does may abort the process at its end."""
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs the thread names in Linux's /proc")
+def test_two_processes_equal_one_and_survive_a_crash_and_sigterm_under_torchrun(data, call, tmp_path):
+    """One of two processes is killed in step 6, and both restart from step 5; torchrun gets SIGTERM in step 7, and a
+    second torchrun resumes.  gloo's threads must end with the run, as a leftover one may abort the process on exit."""
     (tmp_path / "program.py").write_text(f"""
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(PROGRAM.parent)!r})
@@ -424,16 +424,16 @@ def kill_once(*args, folder=pathlib.Path({str(tmp_path)!r}), **kwargs):
     if len(calls) == 2 and train.RANK == 0 and (folder / "killed").exists() and not (folder / "stopped").exists():
         (folder / "stopped").touch()
         os.kill(os.getppid(), signal.SIGTERM)
-        time.sleep(2)                                                          # torchrun passes it on meanwhile
+        time.sleep(2)                                                          # until torchrun has passed it on
     return cross_entropy(*args, **kwargs)
 
 def gloo():
     return any("gloo" in (task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir())
 
 train.F.cross_entropy = kill_once
-train.dist.destroy_process_group = lambda: destroy() if gloo() else sys.exit("no thread is named after gloo any more")
+train.dist.destroy_process_group = lambda: destroy() if gloo() else sys.exit("no thread is named gloo any more")
 train.main()
-time.sleep(0.5)                                                                # /proc may show a joined thread a moment
+time.sleep(0.5)                                                                # /proc may still list a joined thread
 assert not gloo()
 """)
     args = list(map(str, ["--data", data, "--epochs", 2, *QUICK, *RECIPE, "--save-every", 5]))
@@ -453,7 +453,7 @@ assert not gloo()
 
 
 # ---------------------------------------------------------------------------- checkpoints
-def test_a_model_that_was_built_with_other_arguments_is_built_again_from_them(data, call, tmp_path, monkeypatch):
+def test_a_model_with_other_arguments_is_rebuilt_from_its_checkpoint(data, call, tmp_path, monkeypatch):
     args = ["--data", data, "--output", tmp_path / "out", *QUICK, "--epochs", 2]
     make = scalablevit.scalablevit_tiny
     with monkeypatch.context() as patch:
@@ -468,23 +468,23 @@ def test_a_model_that_was_built_with_other_arguments_is_built_again_from_them(da
     scalablevit.ScalableViT(**best["config"]).load_state_dict(best["model"])
 
 
-@pytest.mark.parametrize("kind", ["own", "own, other classes", "own, more classes", "without config", "mere weights",
+@pytest.mark.parametrize("kind", ["own", "own, other classes", "own, more classes", "without config", "state dict",
                                   "published"])
-def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(kind, data, call, tmp_path, monkeypatch):
+def test_init_loads_own_and_published_weights_and_a_new_head_if_classes_differ(kind, data, call, tmp_path, monkeypatch):
     classes = {"own, other classes": ["cat", "dog"], "own, more classes": ["0", "1", "2"]}.get(kind, ["0", "1"])
     published = {"rc": (1.25, 1.25, 1.25, 1.25)} if kind == "published" else {}
     model = scalablevit.scalablevit_tiny(num_classes=len(classes), **published)
     weights = model.state_dict()
     content = {"model": weights, "classes": classes, "settings": {"model": "tiny", "lr": 1.0}, "config": model.config}
-    if kind == "without config":                                               # as this program wrote them in 2026
+    if kind == "without config":                                               # from an older version of this program
         content.pop("config")
-    if kind == "mere weights":
+    if kind == "state dict":
         content = weights
     if kind == "published":
         content = {"model": {"patch_embeds.0.proj.weight": 0, "head.weight": 0}, "args": argparse.Namespace(lr=1)}
         monkeypatch.setattr(scalablevit, "convert_official", lambda published: weights)
     torch.save(content, tmp_path / "x.pt")
-    args = ["--init", tmp_path / "x.pt", "--data", data, "--epochs", 1, *QUICK, "--lr", "1e-9"]   # which moves nothing
+    args = ["--init", tmp_path / "x.pt", "--data", data, "--epochs", 1, *QUICK, "--lr", "1e-9"]   # no change
     fresh = "fresh head" in succeed(call(*args, "--output", tmp_path / "out"))
     last = load(tmp_path / "out")["model"]
     kept = [last[name].shape == weights[name].shape and torch.allclose(last[name], weights[name], atol=1e-5)
@@ -495,7 +495,7 @@ def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(k
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path="trapped"):
         self.path = path
@@ -505,7 +505,7 @@ class Trap:
 
 
 def moment(change, key="exp_avg"):
-    """A change of the optimizer's moment of the first parameter."""
+    """Changes the optimizer's moment of the first parameter."""
     return lambda last: last["optimizer"]["state"][0].update({key: change(last["optimizer"]["state"][0][key])})
 
 
@@ -527,7 +527,7 @@ def moment(change, key="exp_avg"):
     (lambda last: last["settings"].update(extent=[64, 8]), "other settings"),
     (lambda last: last.update(log=Trap()), "cannot load"),
 ])
-def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tmp_path, monkeypatch):
+def test_a_corrupt_last_pt_gives_a_one_line_error(change, message, finished, call, tmp_path, monkeypatch):
     output, args = finished
     last = load(output)
     change(last)
@@ -538,22 +538,22 @@ def test_a_crafted_last_pt_is_told_in_a_line(change, message, finished, call, tm
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"PK\x03\x04" * 99, pickle.dumps(Trap(), 2), [], {"model": [1]},
                                      {"model": {}}, {"model": {"patch_embeds.0.proj.weight": 1, "x": 1}}])
-def test_a_file_of_something_else_is_told_in_a_line(content, call, tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_checkpoint_gives_a_one_line_error(content, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pt").write_bytes(content) if isinstance(content, bytes) else torch.save(content, tmp_path / "x.pt")
     assert "cannot load" in fail(call("--eval", "--init", "x.pt")) and not (tmp_path / "trapped").exists()
 
 
-def test_weights_that_are_not_finite_have_no_accuracy(finished, data, call, tmp_path):
+def test_evaluating_weights_with_nan_is_an_error(finished, data, call, tmp_path):
     best = load(finished[0], "best.pt")
     best["model"]["norm.weight"][0] = torch.nan
     torch.save(best, tmp_path / "x.pt")
     assert "not finite" in fail(call("--eval", "--init", tmp_path / "x.pt", "--data", data))
 
 
-# ---------------------------------------------------------------------------- faults
-def test_images_that_cannot_be_read_are_named_once_replaced_and_counted(data, call, tmp_path):
-    """With any number of workers, and where a run goes on; the terminal cannot show one of the names."""
+# ---------------------------------------------------------------------------- unreadable images and user errors
+def test_unreadable_training_images_are_reported_once_replaced_and_counted(data, call, tmp_path):
+    """With and without workers, and in a resumed run; one file name cannot be encoded."""
     shutil.copytree(data, tmp_path / "data")
     folder = tmp_path / "data" / "train" / "1"
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:600])
@@ -577,7 +577,7 @@ def test_images_that_cannot_be_read_are_named_once_replaced_and_counted(data, ca
 
 
 @pytest.mark.parametrize("fault", ["truncated", "FIFO"])
-def test_an_image_of_val_that_cannot_be_read_ends_the_run_and_the_epoch_is_not_lost(fault, data, call, tmp_path):
+def test_an_unreadable_validation_image_ends_the_run_without_losing_the_epoch(fault, data, call, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     file = tmp_path / "data" / "val" / "1" / "001.png"
     content = file.read_bytes()
@@ -602,13 +602,13 @@ def test_an_image_of_val_that_cannot_be_read_ends_the_run_and_the_epoch_is_not_l
     (["--data", "DATA", "--output", PROGRAM], "cannot write to"),
     (["--data", "DATA", "--batch-size", 64], "a step takes 64 images, but there are 32: lower --batch-size"),
 ])
-def test_mistakes_are_told_in_a_line(args, message, call, data, tmp_path, monkeypatch):
+def test_user_errors_give_one_line(args, message, call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fail(call(*[data if arg == "DATA" else arg for arg in args]))
 
 
-def test_the_embedded_data_is_the_same_every_time_and_too_varied_for_a_linear_classifier(tmp_path):
-    """Ridge regression on the pixels of 2000 + 500 pictures of the ten classes, the best of several strengths."""
+def test_the_digits_are_reproducible_and_too_varied_for_a_linear_classifier(tmp_path):
+    """Ridge regression on the pixels of 2000 + 500 images of the ten classes, the best of several strengths."""
     def pixels(split):
         files = sorted((tmp_path / "digits" / split).glob("*/*.png"))
         images = np.stack([np.array(Image.open(file).resize((16, 16))).ravel() for file in files])
@@ -625,7 +625,7 @@ def test_the_embedded_data_is_the_same_every_time_and_too_varied_for_a_linear_cl
     assert len(a) == 20 and a == b
 
 
-def test_the_bare_command_draws_its_data_once_and_goes_on_with_its_run(call, tmp_path, monkeypatch):
+def test_the_bare_command_draws_the_digits_once_and_resumes_its_run(call, tmp_path, monkeypatch):
     draw, drawn = train.draw_digits, []
     monkeypatch.setattr(train, "draw_digits", lambda root: drawn.append(root) or draw(root, 2, 1, 32))
     monkeypatch.chdir(tmp_path)
