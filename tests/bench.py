@@ -1,11 +1,11 @@
-"""How fast ScalableViT-S is, with the kernels and as the file alone, beside timm's Swin-T (`pip install timm`).
+"""Benchmark ScalableViT-S with and without the kernels against timm's Swin-T (`pip install timm`).
 
-    python tests/bench.py models [--compile]      inference and training steps, and S's linears and convolutions alone
-    python tests/bench.py large                   the features of one image, 224x224 to 1344x1344, with peak memory
-    python tests/bench.py kernels                 each operator at S's four stage shapes, beside its plain PyTorch form
+    python tests/bench.py models [--compile]      inference and training steps, and only the linear layers and convs
+    python tests/bench.py large                   features of one image, 224x224 to 1344x1344, with peak memory
+    python tests/bench.py kernels                 each operator against plain PyTorch, at the shapes of S's four stages
 
-All take --device cuda, --batch 8, --threads 2 and --seconds 5 (per line).  A line's sides take turns within one run,
-so that whatever else the machine does meets all of them; medians, and how many times as fast as the last side.
+All take --device cuda, --batch 8, --threads 2 and --seconds 5 (per line).  The candidates of a line run alternately, so
+that other load on the machine affects all of them alike.  Prints medians, and speeds relative to the last candidate.
 """
 import argparse
 import multiprocessing
@@ -26,7 +26,7 @@ STAGES = [(56, 64, 2), (28, 128, 4), (14, 256, 8), (7, 512, 16)]    # H = W, C, 
 
 
 def medians(functions, args):
-    """Of each function, in milliseconds."""
+    """Median time of each function in milliseconds; the functions run alternately."""
     times, end = [[] for _ in functions], None
     while end is None or time.perf_counter() < end or len(times[0]) < 5:
         for function, own in zip(functions, times):
@@ -41,7 +41,7 @@ def medians(functions, args):
 
 
 def print_sides(what, names, functions, args, more=""):
-    """One line: milliseconds and, in brackets, how many times as fast as the last side."""
+    """Print one line: milliseconds and, in parentheses, speed relative to the last side."""
     times = medians(functions, args)
     sides = "".join(f"{name} {t:.1f} ({times[-1] / t:.2f})".ljust(28) for name, t in zip(names, times))
     print(f"{what:36}{sides}{more}", flush=True)
@@ -63,7 +63,7 @@ def inference(model, images, dtype):
 
 
 def training(model, images, dtype):
-    """A step.  Weights in float32 always; bfloat16 is autocast's."""
+    """A training step with float32 weights; bfloat16 means autocast."""
     model, images = model.to(images.device).train(), images.to(memory_format=torch.channels_last)
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
@@ -78,7 +78,7 @@ def training(model, images, dtype):
 
 
 def limit(images, dtype):
-    """S's linears and convolutions alone, at their shapes: what inference cannot be faster than with these layers."""
+    """Only S's linear layers and convolutions, at their shapes: a lower bound for the time of inference."""
     model, calls = scalablevit.scalablevit_s().to(images.device, dtype).eval(), []
     for layer in model.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -132,7 +132,7 @@ BUILD = {"fused": lambda: fuse(scalablevit.scalablevit_s()), "file alone": scala
 
 
 def peak(name, shape, args):
-    """MB that a process which does nothing else grows by, until the peak of two calls (Linux, or a GPU's memory)."""
+    """Peak memory growth in MB over two calls, in a fresh process (Linux), or peak GPU memory."""
     def resident(which):
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith(which))
@@ -158,13 +158,13 @@ def kernels(args):
     for size, C, heads in STAGES:
         for dtype in torch.float32, torch.bfloat16:
             plain = scalablevit.IWSA(C, heads).to(args.device, dtype)
-            plain.qkv = plain.proj = nn.Identity()                  # what lies between the two linear layers
+            plain.qkv = plain.proj = nn.Identity()                  # only what is between the two linear layers
             fused = scalablevit.IWSA(C, heads).to(args.device, dtype)
             fused.load_state_dict(plain.state_dict(), strict=False)
             fused.qkv, fused.proj, fused.__class__ = plain.qkv, plain.proj, FusedIWSA
             qkv = torch.randn(args.batch, size, size, 3 * C, device=args.device).to(dtype).requires_grad_()
             lim, ops = (fused.lim.weight, fused.lim.bias), torch.ops.scalablevit
-            with torch.no_grad():                                   # laid out as attention leaves it
+            with torch.no_grad():                                   # in the layout of attention's output
                 z = F.scaled_dot_product_attention(*ops.window_partition(qkv, heads, 7))
 
             def merge():
@@ -189,13 +189,13 @@ def kernels(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="ScalableViT-S, with its kernels and without, beside Swin-T.")
+    parser = argparse.ArgumentParser(description="Benchmarks ScalableViT-S with and without kernels.")
     parser.add_argument("what", choices=("models", "large", "kernels"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=5, help="per line")
-    parser.add_argument("--compile", action="store_true", help="models: the file alone and Swin-T compiled, too")
+    parser.add_argument("--compile", action="store_true", help="models: also with torch.compile, without kernels")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"PyTorch {torch.__version__}, {args.device}, {args.threads} threads, kernels for {', '.join(devices)}, "

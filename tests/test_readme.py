@@ -1,4 +1,4 @@
-"""The pages: their Python runs, command lines fit the programs, names, numbers and links are right."""
+"""README.md and docs/*.md: Python blocks run, command lines match the programs, names, numbers and links are right."""
 import inspect
 import pathlib
 import re
@@ -23,7 +23,7 @@ OPTIONAL = {"scalablevit_kernels", "torchvision", "matplotlib", "torchmetrics", 
 
 
 def run(call):
-    """Skips the test where a package is missing that one may do without."""
+    """Skip the test if an optional package is missing."""
     try:
         call()
     except ModuleNotFoundError as missing:
@@ -35,12 +35,12 @@ def run(call):
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run(code, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)                                # for docs/
-    monkeypatch.chdir(tmp_path)                                      # for files that they write
+    monkeypatch.chdir(tmp_path)                                      # for the files they write
     run(lambda: exec(compile(code, "README.md", "exec"), {}))
 
 
 def command_lines():
-    """{program: the flags that the README gives it}"""
+    """{program: flags used in the pages}"""
     programs = {}
     for language, code in BLOCKS:
         for line in code.replace("\\\n", " ").splitlines() if language == "bash" else ():
@@ -58,7 +58,7 @@ def test_flags_of_the_command_lines_exist(program, flags, monkeypatch, capsys):
     assert (ROOT / program).is_file()
     if flags:
         monkeypatch.setattr(sys, "argv", [program, "--help"])
-        monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])     # as python program.py has it
+        monkeypatch.setattr(sys, "path", [str((ROOT / program).parent), *sys.path])     # as in python program.py
 
         def help():
             with pytest.raises(SystemExit):
@@ -68,9 +68,9 @@ def test_flags_of_the_command_lines_exist(program, flags, monkeypatch, capsys):
         assert flags <= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------------------------------------ names, numbers, links
 def test_the_table_of_the_paper_names_what_is_in_the_file():
-    """Its heading is | paper | in `scalablevit.py` |.  By name, so that a class may move: what is named is there."""
+    """The table headed | paper | in `scalablevit.py` | names every class, and only names that exist."""
     rows = [table[2:] for table in TABLES if table[0][0] == "paper" and "scalablevit.py" in table[0][1]]
     assert len(rows) == 1, "there is no table (or more than one) with the heading | paper | in `scalablevit.py` |"
     named = {name for row in rows[0] for name in re.findall(r"`(\w+)`", row[1])}
@@ -83,7 +83,7 @@ def test_the_table_of_the_paper_names_what_is_in_the_file():
 
 @pytest.mark.parametrize("name", ["tiny", "s", "b", "l"])
 def test_the_numbers_are_those_of_the_models(name):
-    """One row that begins with the model's name has its parameters and its MACs, to as many decimals as there are."""
+    """The row that begins with the model's name has its parameters and its MACs, to the number of decimals given."""
     with torch.device("meta"):
         model = getattr(scalablevit, f"scalablevit_{name}")()
     cost = scalablevit.count_macs(model, (224, 224))
@@ -104,7 +104,7 @@ def headings(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """To files that are here, and to headings of the pages."""
+    """Links to files and to headings exist."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" not in target:
             file, _, place = target.partition("#")

@@ -1,4 +1,4 @@
-// bfloat16, converted as a GPU does: to the nearest, ties to even; every NaN becomes the same.
+// bfloat16 with a GPU's conversions: round to nearest, ties to even; every NaN becomes the same NaN.
 #pragma once
 #include <bit>
 #include <cmath>

@@ -1,4 +1,4 @@
-// float16, converted as a GPU does: to the nearest, ties to even; every NaN becomes the same.
+// float16 with a GPU's conversions: round to nearest, ties to even; every NaN becomes the same NaN.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,6 +22,6 @@ inline __half __float2half_rn(float x) {
   const int sign = std::signbit(x) << 15;
   if (size >= 65520) return {uint16_t(sign | 31 << 10)};
   const int exponent = std::max(std::ilogb(size), -14);
-  const int steps = std::nearbyint(std::ldexp(size, 10 - exponent));  // 1024 and more but for the smallest numbers
+  const int steps = std::nearbyint(std::ldexp(size, 10 - exponent));  // >= 1024 unless subnormal
   return {uint16_t(sign | (((exponent + 14) << 10) + steps))};
 }

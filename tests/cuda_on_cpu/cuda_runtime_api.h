@@ -1,9 +1,9 @@
-// CUDA for a CPU: what csrc/cuda.cu uses of CUDA's runtime, so that a C++ compiler builds its kernels as they stand and
-// every thread of every block runs here, under a debugger or a sanitizer.
+// CUDA on a CPU: the parts of the CUDA runtime that csrc/cuda.cu uses, so that a C++ compiler builds the unmodified
+// kernels and every thread of every block runs on the CPU, under a debugger or a sanitizer.
 //
-// Blocks run one after the other.  The threads of a block are fibres: each runs until __syncthreads() or its end, and
-// none goes on before all are there.  The order is drawn anew each time, so that what depends on it shows.  Built with
-// -DREAL_THREADS they are threads of the CPU and run at once: ThreadSanitizer then finds what they race for.
+// Blocks run one after the other.  The threads of a block are fibers: each runs until __syncthreads() or its end, and
+// none continues before all have arrived.  The order is random each time, to expose code that depends on it.  With
+// -DREAL_THREADS they are CPU threads that run concurrently, so that ThreadSanitizer can find data races.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -50,8 +50,8 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
-// What the tests set: the most threads of a block and blocks of a grid that csrc/cuda.cu asks for, which launch fails
-// (counted from 0), and what orders are drawn from.
+// Set by the tests: upper limits for csrc/cuda.cu's threads per block and blocks per grid, the index of the launch that
+// fails, and the random generator of the order.
 inline int64_t max_threads = 256, max_blocks = INT32_MAX, failing_launch = -1;
 inline std::mt19937 random;
 
@@ -85,7 +85,7 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
 struct Fibre {
   static constexpr size_t stack_size = 1 << 17;
   std::unique_ptr<char[]> stack{new char[stack_size]};
-  jmp_buf place;  // where it goes on
+  jmp_buf place;  // where it resumes
   bool started = false, at_its_end;
 };
 inline std::vector<Fibre> fibres;
@@ -105,7 +105,7 @@ inline void run_fibre() {
   }
 }
 
-// Lets a fibre run until it waits.  Only its start needs ucontext, which is slower than a jump.
+// Runs a fiber until it waits.  Only its start needs ucontext, which is slower than longjmp.
 inline void resume(Fibre& fibre) {
   running = &fibre;
   if (_setjmp(scheduler) != 0) return;

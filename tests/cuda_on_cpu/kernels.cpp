@@ -1,4 +1,4 @@
-// csrc/cuda.cu, compiled for a CPU, and what the tests ask for besides the operators.
+// csrc/cuda.cu compiled for a CPU, and functions used only by the tests.
 #include "cuda_runtime_api.h"
 
 #define MAX_THREADS cuda_on_cpu::max_threads
@@ -12,7 +12,7 @@ extern "C" void launch_with(int64_t max_threads, int64_t max_blocks, int64_t fai
   cuda_on_cpu::random.seed(seed);
 }
 
-// windows.h on its own: everything about strip s and the place of token i in it.
+// For testing windows.h: everything about strip s and the position of its token i.
 extern "C" void windows_h(const int64_t sizes[6], int64_t s, int64_t i, int64_t third, int64_t head, int64_t out[12]) {
   const Windows g = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
   const Strip t = g.strip(s);

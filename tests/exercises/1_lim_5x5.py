@@ -1,7 +1,7 @@
 """Exercise 1: LIM with a 5x5 kernel.
 
-Why     LIM carries information one token across a window's border; a 5x5 kernel carries it two.
-Where   `IWSA.__init__` in scalablevit.py, the line of `self.lim`: `depthwise` takes a kernel size.
+Why     LIM carries information one token across a window's border; a 5x5 kernel carries it two tokens across.
+Where   `IWSA.__init__` in scalablevit.py, where `self.lim` is set: `depthwise` takes a kernel size.
 """
 import torch
 

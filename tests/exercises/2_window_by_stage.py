@@ -1,8 +1,8 @@
-"""Exercise 2: windows that differ by stage.
+"""Exercise 2: a window size per stage.
 
 Why     At 224 pixels the third stage has 14 x 14 tokens and the last 7 x 7: larger windows cost little there.
-Where   `ScalableViT.__init__` in scalablevit.py: `window` becomes a value per stage and is handed to the blocks of its
-        stage; `check_arguments` checks it like `heads`.  A single integer still means the same window everywhere.
+Where   `ScalableViT.__init__` in scalablevit.py: let `window` have one value per stage, passed to that stage's blocks;
+        `check_arguments` should check it like `heads`.  A single integer must still mean the same window everywhere.
 """
 import pytest
 import torch
@@ -19,12 +19,12 @@ def test_each_stage_has_its_own_window():
     assert model(torch.randn(2, 3, 45, 60)).shape == (2, 5)
 
 
-def test_one_number_is_a_window_for_all():
+def test_a_single_number_applies_to_all_stages():
     model = ScalableViT(**NET, window=5)
     assert [stage.blocks[0].attn.window for stage in model.stages] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("window", [(7, 7), (7, 7, 0), 0])
-def test_what_does_not_fit_is_refused(window):
+def test_invalid_windows_raise(window):
     with pytest.raises(ValueError, match="window"):
         ScalableViT(**NET, window=window)

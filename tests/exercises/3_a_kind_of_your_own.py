@@ -1,11 +1,11 @@
-"""Exercise 3: one more kind of attention.
+"""Exercise 3: a new kind of attention.
 
-Why     Between a window and the whole map there is a cross: every token sees its row and its column (axial attention),
-        which reaches every border in one layer and any token in two.
-Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as `WSA`
-        has them (`window` plays no part), and its name "axial" in `ATTENTION`.  `attention` takes any dimensions in
-        front of tokens and channels; `count_macs` counts by itself.
-        Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, heads as in `WSA`.
+Why     Axial attention is a compromise between windows and the whole map: every token attends to its row and its
+        column, which reaches every border in one layer and every token in two.
+Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as in
+        `WSA` (`window` is ignored), and "axial" in `ATTENTION`.  `attention` accepts any number of leading dimensions;
+        `count_macs` needs no change.
+        Z = (Softmax(Q K^T / sqrt(d)) V over the row + the same over the column) / 2, with heads as in `WSA`.
 """
 import torch
 
@@ -35,7 +35,7 @@ def test_it_is_the_mean_of_two_attentions():
     torch.testing.assert_close(module(x)[0], linear_by_hand(z, module.proj))
 
 
-def test_it_takes_its_place_in_a_network_and_costs_n_times_a_row_and_a_column():
+def test_it_works_in_a_network_and_its_cost_is_n_times_row_and_column():
     model = ScalableViT(dim=8, depths=(2,), heads=(2,), rc=(1,), rn=(1,), pattern=("axial", "ssa"), num_classes=5)
     assert model(torch.randn(2, 3, 37, 50)).shape == (2, 5)
     H, W, C = 10, 13, 8

@@ -1,10 +1,10 @@
 """Exercise 4: a relative position bias in window attention.
 
-Why     PEG tells positions with convolutions; Swin adds a learned number per head and offset to every score instead,
-        and the two can be compared in one line: `peg=False`.
-Where   `WSA` in scalablevit.py: a parameter `bias` (heads, 2M-1, 2M-1), zero at the start, and its use in `attend`,
-        where a small map has a smaller M than the parameter; and `attention`, which knows masks of True and False only:
-        let it add numbers.
+Why     PEG encodes positions by convolution; Swin instead adds a learned bias per head and offset to every score.
+        With `peg=False` the two can be compared.
+Where   `WSA` in scalablevit.py: a parameter `bias` (heads, 2M-1, 2M-1), initialized to zero, and its use in `attend`,
+        where M can be smaller than the parameter's if the map is small; and `attention`, which only accepts boolean
+        masks: let it also add a bias.
         Z_n = Softmax(Q_n K_n^T / sqrt(d_k) + b) V_n, where b is bias[head, M-1 + y_k - y_q, M-1 + x_k - x_q].
 """
 import pytest
@@ -15,7 +15,7 @@ from scalablevit import ATTENTION, WSA
 
 
 def by_hand(module, x):
-    """One query after the other; x (H, W, C)."""
+    """Query by query; x (H, W, C)."""
     H, W, C = x.shape
     M, d, out = module.window, C // module.heads, torch.empty_like(x)
     q, k, v = linear_by_hand(x, module.qkv).unflatten(-1, (3, module.heads, d)).unbind(2)   # (H, W, heads, d) each
@@ -37,7 +37,7 @@ def test_wsa_by_hand(H, W):
 
 
 @pytest.mark.parametrize("kind", ["wsa", "swsa", "lem", "iwsa"])
-def test_every_window_attention_has_it_and_learns_it(kind):
+def test_every_window_attention_has_and_learns_the_bias(kind):
     module = ATTENTION[kind](8, 2, 3)
     assert module.bias.shape == (2, 5, 5) and not module.bias.any()
     module(torch.randn(2, 7, 8, 8)).square().sum().backward()

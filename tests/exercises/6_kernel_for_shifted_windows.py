@@ -1,11 +1,11 @@
-"""Exercise 6: the partition kernel for shifted windows.  Needs the extension, built anew after each change.
+"""Exercise 6: a partition kernel for shifted windows.  Needs the extension, rebuilt after each change.
 
-Why     `SWSA` pads the whole qkv map at the top and on the left before `window_partition` copies it once more.  The
-        kernel works out where each token comes from anyway; told the padding, it can do both at once.
-Where   csrc/windows.h, where all of the thinking is: with `top` and `left` in `Windows`, `strip` begins so much before
-        the map, and its first tokens may be padding, as its last ones may be today.
-        csrc/cpu.cpp and csrc/cuda.cu fill the places that have no token with zeros: a line or two each.
-        csrc/ops.cpp and csrc/ops.py hand the two numbers on: schema, check, shapes that go out, gradient.
+Why     `SWSA` pads the whole qkv map at the top and left, and then `window_partition` copies it again.  The kernel
+        computes the source of each token anyway; given the padding, it can do both in one pass.
+Where   csrc/windows.h has the main change: with `top` and `left` in `Windows`, a strip can begin before the map, so its
+        first tokens may be padding, as its last ones can be now.
+        csrc/cpu.cpp and csrc/cuda.cu: write zeros for padding tokens, a line or two each.
+        csrc/ops.cpp and csrc/ops.py: pass on the two numbers (schema, checks, output shape, gradient).
 """
 import pytest
 import torch
@@ -19,7 +19,7 @@ pytest.importorskip("scalablevit_kernels")
 
 @settings(max_examples=60)
 @given(st.integers(1, 13), st.integers(1, 13), st.integers(2, 6), st.data())
-def test_output_and_gradient_are_those_of_the_padded_map(H, W, M, data):
+def test_output_and_gradient_equal_those_of_the_padded_map(H, W, M, data):
     top, left = data.draw(st.integers(0, M - 1)), data.draw(st.integers(0, M - 1))
     qkv = torch.randn(2, H, W, 24, dtype=torch.float64, requires_grad=True)
     got = torch.ops.scalablevit.window_partition(qkv, 2, M, top, left)
