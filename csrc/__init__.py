@@ -119,7 +119,7 @@ def computes_the_same(layer):
 
 def fuse(model):
     """Switch `model` to the kernels, in place.  Prints which IWSA layers are not fused, and why."""
-    alone = []
+    skipped = []
     for name, layer in model.named_modules():
         if type(layer) is nn.Linear:
             layer.__class__ = FusedLinear
@@ -131,15 +131,15 @@ def fuse(model):
                     conv.__class__ = FusedDepthwise
         elif any(cls.__name__ == "IWSA" for cls in type(layer).__mro__) and type(layer) is not FusedIWSA:
             if type(layer) is not IWSA:
-                alone.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA)")
+                skipped.append(f"{name} ({type(layer).__module__}.{type(layer).__name__} is not scalablevit.IWSA)")
             elif not is_plain_lim(getattr(layer, "lim", None)):
-                alone.append(f"{name} (its LIM is not a plain depthwise convolution)")
+                skipped.append(f"{name} (its LIM is not a plain depthwise convolution)")
             elif {"attend", "forward"} & {*vars(layer)} or not computes_the_same(layer):
-                alone.append(f"{name} (it does not compute what the kernels compute)")
+                skipped.append(f"{name} (it does not compute what the kernels compute)")
             else:
                 layer.__class__ = FusedIWSA
-    if alone:
-        print(f"not fused: {', '.join(alone)}")
+    if skipped:
+        print(f"not fused: {', '.join(skipped)}")
     return model
 
 

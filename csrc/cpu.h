@@ -13,9 +13,9 @@
 
 // Compiled once per instruction set and selected when the module is loaded: AVX-512, AVX2 or baseline x86-64.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define VECTORIZED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define VECTORISED
+#define VECTORIZED
 #endif
 #define INLINED __attribute__((always_inline))
 
@@ -69,15 +69,15 @@ INLINED inline void for_blocks(int64_t d, F f) {
 
 // Copies d channels of n tokens, multiplied by scale; from_row and to_row are the strides between tokens.
 template <class From, class To>
-static VECTORISED void copy_tokens(int64_t n, int64_t d, const From* from, int64_t from_row, To* to, int64_t to_row,
+static VECTORIZED void copy_tokens(int64_t n, int64_t d, const From* from, int64_t from_row, To* to, int64_t to_row,
                                    Sum<To> scale = 1) {
   for (int64_t i = 0; i < n; ++i, from += from_row, to += to_row)
     for_blocks(d, [&](auto L, int64_t j) INLINED { store<L>(to + j, load<L>(from + j) * scale); });
 }
 
-// Calls f(i, neighbour) for each token i of a strip whose neighbour at offset (dy, dx) is inside the map.
+// Calls f(i, neighbor) for each token i of a strip whose neighbor at offset (dy, dx) is inside the map.
 template <class F>
-INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
+INLINED inline void for_neighbors(const Windows& g, const Strip& t, int64_t dy, int64_t dx, F f) {
   if (t.y + dy < 0 || t.y + dy >= g.H) return;
   const int64_t begin = std::max<int64_t>(0, -dx - t.x), end = std::min(t.tokens, g.W - dx - t.x);
   for (int64_t i = begin; i < end; ++i) f(i, g.token(t.b, t.y + dy, t.x + dx + i));
@@ -85,7 +85,7 @@ INLINED inline void for_neighbours(const Windows& g, const Strip& t, int64_t dy,
 
 // Adds F(V) of equation (5) to a strip, for the d channels from `channel` on.  `row`: stride of `to`.  v: V in qkv.
 template <class T>
-static VECTORISED void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v,
+static VECTORIZED void add_lim(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* v,
                                const Sum<T>* weight, const Sum<T>* bias, Sum<T>* to, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j;
@@ -93,17 +93,17 @@ static VECTORISED void add_lim(const Windows& g, const Strip& t, int64_t channel
     for (int64_t i = 0; i < t.tokens; ++i) add(to + i * row + j, load<L>(bias + c));
     for (int64_t tap = 0; tap < k * k; ++tap) {
       const auto w = load<L>(weight + tap * C + c);
-      for_neighbours(g, t, tap / k - k / 2, tap % k - k / 2, [&](int64_t i, int64_t neighbour) INLINED {
-        add(to + i * row + j, w * load<L>(v + neighbour * 3 * C + c));
+      for_neighbors(g, t, tap / k - k / 2, tap % k - k / 2, [&](int64_t i, int64_t neighbor) INLINED {
+        add(to + i * row + j, w * load<L>(v + neighbor * 3 * C + c));
       });
     }
   });
 }
 
-// V at a token contributes to the outputs around it, so both gradients are sums over the same neighbours: Σ w dOut is
+// V at a token contributes to the outputs around it, so both gradients are sums over the same neighbors: Σ w dOut is
 // added to dv, and V dOut to sums (k² + 1, C), whose last row belongs to the bias.
 template <class T>
-static VECTORISED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
+static VECTORIZED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, int64_t k, const T* grad,
                                         const T* v, const Sum<T>* weight, Sum<T>* sums, Sum<T>* dv, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j, first = g.token(t.b, t.y, t.x);
@@ -113,8 +113,8 @@ static VECTORISED void add_lim_backward(const Windows& g, const Strip& t, int64_
         for (int64_t i = 0; i < t.tokens; ++i) sum += load<L>(grad + (first + i) * C + c);
       } else {
         const auto w = load<L>(weight + tap * C + c);
-        for_neighbours(g, t, k / 2 - tap / k, k / 2 - tap % k, [&](int64_t i, int64_t neighbour) INLINED {
-          const auto dout = load<L>(grad + neighbour * C + c);
+        for_neighbors(g, t, k / 2 - tap / k, k / 2 - tap % k, [&](int64_t i, int64_t neighbor) INLINED {
+          const auto dout = load<L>(grad + neighbor * C + c);
           store<L>(dv + i * row + j, load<L>(dv + i * row + j) + w * dout);
           sum += load<L>(v + (first + i) * 3 * C + c) * dout;
         });

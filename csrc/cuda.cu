@@ -4,7 +4,7 @@
 // - Adjacent threads access adjacent addresses, 16 bytes each: a pack of V channels.  A thread processes one pack for
 //   all tokens of a strip (windows.h), and locates the strip by 64-bit divisions once.  A block is x packs wide and
 //   y strips high, so all its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbours of its token directly from global memory.  Nearby threads load the same addresses
+// - A thread loads the k² neighbors of its token directly from global memory.  Nearby threads load the same addresses
 //   at about the same time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at
 //   once and 9 weights stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
 // - The weight's gradient is a sum over all tokens.  A block sums one part of the strips; a thread keeps the sums of
@@ -90,11 +90,11 @@ template <class A, int V, int K> struct Weights {
   __device__ Pack<A, V> operator[](int64_t tap) const { return K ? in_registers[tap] : load<V>(in_memory + tap * C); }
 };
 
-// sum += weight * neighbour over the k x k neighbours of token (y, x); zeros beyond the border.  `here` points to the
+// sum += weight * neighbor over the k x k neighbors of token (y, x); zeros beyond the border.  `here` points to the
 // token's own pack, `stride` is the distance to the next token's.  mirrored: flipped weights, for the backward pass.
 template <int K, bool mirrored, class T, class A, int V>
-__device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
-                               int64_t stride, const Weights<A, V, K>& weights) {
+__device__ void add_neighbors(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
+                              int64_t stride, const Weights<A, V, K>& weights) {
   const int64_t k = K ? K : any_k, r = k / 2;
   const unsigned H = g.H, W = g.W;
 #pragma unroll
@@ -102,9 +102,9 @@ __device__ void add_neighbours(Pack<A, V>& sum, const Windows& g, int64_t any_k,
 #pragma unroll
     for (int64_t kx = 0; kx < k; ++kx) {
       const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // as unsigned, -1 is out of range, too
-      const auto neighbour = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
+      const auto neighbor = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
       const auto w = weights[mirrored ? k * k - 1 - tap : tap];
-      for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbour.x[u]);
+      for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbor.x[u]);
     }
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
       T* to = out + token * C + c;
       for (unsigned i = 0; i < t.tokens; ++i, own += z_strides.position, here += 3 * C, to += C) {
         Pack<Sum<T>, V> sum = load<V>(bias + c);
-        add_neighbours<K, false>(sum, g, k, t.y, t.x + i, here, 3 * C, weights);
+        add_neighbors<K, false>(sum, g, k, t.y, t.x + i, here, 3 * C, weights);
         const auto attention = load<V>(own);
         Pack<T, V> result;
         for (int u = 0; u < V; ++u) narrow(sum.x[u] + widen(attention.x[u]), result.x[u]);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
         store(own, load<V>(here, i < t.tokens));
         if (i >= t.tokens) continue;
         Pack<Sum<T>, V> sum = {};
-        add_neighbours<K, true>(sum, g, k, t.y, t.x + i, here, C, weights);
+        add_neighbors<K, true>(sum, g, k, t.y, t.x + i, here, C, weights);
         Pack<T, V> dv;
         for (int u = 0; u < V; ++u) narrow(sum.x[u], dv.x[u]);
         store(dq, Pack<T, V>{});
@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
 #pragma unroll
         for (int u = 0; u < batch; ++u) {
           const bool on_map = first + u <= taps && y + unsigned(dy[u]) < H && x + unsigned(dx[u]) < W;
-          const auto neighbour = load<V>(here + (dy[u] * W + dx[u]) * C, on_map);
+          const auto neighbor = load<V>(here + (dy[u] * W + dx[u]) * C, on_map);
           for (int j = 0; j < V; ++j)
-            sum[u].x[j] += (first + u == taps ? 1 : widen(value.x[j])) * widen(neighbour.x[j]);
+            sum[u].x[j] += (first + u == taps ? 1 : widen(value.x[j])) * widen(neighbor.x[j]);
         }
       }
     }

@@ -49,7 +49,7 @@ INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t 
 
 // out[out_first:] = a b[b_first:], in tiles.
 template <class A>
-VECTORISED void product(int64_t rows, int64_t inner, int64_t columns, Left<A> a, Matrix<A>& b, int64_t b_first,
+VECTORIZED void product(int64_t rows, int64_t inner, int64_t columns, Left<A> a, Matrix<A>& b, int64_t b_first,
                         Matrix<A>& out, int64_t out_first, bool add = false) {
   constexpr int64_t block = 7;  // 7 x 2 sums and 2 vectors of b fit in registers; 49 tokens are 7 blocks
   for (int64_t c = 0; c < columns; c += WIDTH)
@@ -99,7 +99,7 @@ INLINED inline A reduce(Vec<A, L> v, F f) {
 
 // In-place softmax(scale s) over the n numbers of each row, with zeros in the padding; scale > 0.
 template <class A>
-VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
+VECTORIZED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
   using V = Vec<A, LANES>;
   A shift[QUERIES], weight[QUERIES];  // one step for all rows at a time: steps depend on each other, rows do not
   for (int64_t i = 0; i < rows; ++i) {
@@ -127,7 +127,7 @@ VECTORISED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
 
 // dS = P (dP - Σ P dP), written over dP.
 template <class A>
-VECTORISED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A>& dp) {
+VECTORIZED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A>& dp) {
   for (int64_t i = 0; i < rows; ++i) {
     A *from = p.row(i), *to = dp.row(i);
     std::fill(to + n, to + dp.stride, A(0));  // may hold NaN from another window
@@ -139,7 +139,7 @@ VECTORISED void softmax_backward(int64_t rows, int64_t n, Matrix<A>& p, Matrix<A
 }
 
 template <class A>
-VECTORISED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix<A>& to) {
+VECTORIZED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix<A>& to) {
   for (int64_t j = 0; j < columns; ++j)
     for (int64_t i = 0; i < rows; ++i) to.row(j)[i] = from.row(i)[j];
 }

@@ -98,11 +98,11 @@ def evaluate(model, dataset):
 
 def picture(model, dataset, file, n=6):
     """As in Figure 5: the first n images with boxes and masks of scores above 0.5, colored by class."""
-    shown, colours = [], ("red", "lime", "cyan", "yellow", "magenta", "orange")
+    shown, colors = [], ("red", "lime", "cyan", "yellow", "magenta", "orange")
     for i in range(min(n, len(dataset))):
         image, found = dataset[i][0], detect(model, dataset[i][0])
         sure = found["scores"] > 0.5
-        paint = [colours[label % len(colours)] for label in found["labels"][sure].tolist()]
+        paint = [colors[label % len(colors)] for label in found["labels"][sure].tolist()]
         if paint and "masks" in found:
             image = utils.draw_segmentation_masks(image, found["masks"][sure, 0] > 0.5, alpha=0.5, colors=paint)
         if paint:

@@ -189,7 +189,7 @@ def ssa_panel(d, attn, features, x, y):
 
 
 def lim_panel(d, attn, features, x, y):
-    """Figures 4 and 6: what happens to four neighbouring windows."""
+    """Figures 4 and 6: four neighboring windows, step by step."""
     M, windows = attn.window, math.ceil(features.shape[2] / attn.window) * math.ceil(features.shape[3] / attn.window)
     side, cell = 98, 98 / (2 * M)
     d.rect(x, y, 480, 372, "none", "#999", 6)

@@ -102,7 +102,7 @@ def models(args):
             ("training step", training, torch.float32), ("training step, autocast", training, torch.bfloat16)]
     for what, make, dtype in rows:
         sides = {"fused": make(fuse(scalablevit.scalablevit_s()), images, dtype),
-                 "file alone": make(scalablevit.scalablevit_s(), images, dtype), "Swin-T": make(swin(), images, dtype)}
+                 "not fused": make(scalablevit.scalablevit_s(), images, dtype), "Swin-T": make(swin(), images, dtype)}
         if make is inference:
             sides = {"limit": limit(images, dtype)} | sides
         times = print_sides(f"{what}, {str(dtype)[6:]}", sides, sides.values(), args)
@@ -113,7 +113,7 @@ def models(args):
             with torch._inductor.config.patch(freezing=freezing):
                 for dtype in torch.float32, torch.bfloat16:
                     sides = {name: inference(torch.compile(build()), images, dtype)
-                             for name, build in (("file alone", scalablevit.scalablevit_s), ("Swin-T", swin))}
+                             for name, build in (("not fused", scalablevit.scalablevit_s), ("Swin-T", swin))}
                     print_sides(f"compiled{', frozen' * freezing}, {str(dtype)[6:]}", sides, sides.values(), args)
                     torch._dynamo.reset()
 
@@ -127,7 +127,7 @@ def features(model, images):
     return call
 
 
-BUILD = {"fused": lambda: fuse(scalablevit.scalablevit_s()), "file alone": scalablevit.scalablevit_s,
+BUILD = {"fused": lambda: fuse(scalablevit.scalablevit_s()), "not fused": scalablevit.scalablevit_s,
          "Swin-T": lambda: swin(dynamic_img_size=True)}
 
 

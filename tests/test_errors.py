@@ -56,6 +56,6 @@ def test_r_n_is_rounded_to_one_over_a_square(rn, s):
     assert SSA(8, 2, rn=rn).s == s
 
 
-def test_a_misspelt_argument_is_a_type_error():
+def test_a_misspelled_argument_is_a_type_error():
     with pytest.raises(TypeError, match="num_clases"):
         scalablevit_tiny(num_clases=10)

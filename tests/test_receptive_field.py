@@ -78,7 +78,7 @@ def test_ssa_sees_the_whole_map(H, W, s, rc):
 
 @few
 @given(sides, sides)
-def test_peg_sees_its_neighbours(H, W):
+def test_peg_sees_its_neighbors(H, W):
     assert torch.equal(field(PEG(4), H, W), where(H, W, within(1)))
 
 

@@ -43,9 +43,9 @@ def test_every_parameter_gets_a_gradient(make):
 def test_colors_do_not_reveal_the_class():
     """Every class occurs, and its colors have the same mean and standard deviation."""
     images, labels, _ = dense.draw(2000, size=16)
-    colours = [images.permute(0, 2, 3, 1)[labels == i] for i in range(4)]
-    assert all(len(c) > 20_000 for c in colours)
-    for c in colours:
+    colors = [images.permute(0, 2, 3, 1)[labels == i] for i in range(4)]
+    assert all(len(c) > 20_000 for c in colors)
+    for c in colors:
         assert c.mean().abs() < 0.1 and (c.std() - 1).abs() < 0.1
 
 

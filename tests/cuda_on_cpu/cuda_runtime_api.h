@@ -82,52 +82,52 @@ inline void run_block(unsigned threads, const std::function<void()>& kernel) {
 
 #else
 
-struct Fibre {
+struct Fiber {
   static constexpr size_t stack_size = 1 << 17;
   std::unique_ptr<char[]> stack{new char[stack_size]};
   jmp_buf place;  // where it resumes
   bool started = false, at_its_end;
 };
-inline std::vector<Fibre> fibres;
-inline Fibre* running;
+inline std::vector<Fiber> fibers;
+inline Fiber* running;
 inline jmp_buf scheduler;
-inline const std::function<void()>* kernel_of_fibres;
+inline const std::function<void()>* kernel_of_fibers;
 
 inline void wait_for_the_block() {
   if (_setjmp(running->place) == 0) _longjmp(scheduler, 1);
 }
 
-inline void run_fibre() {
+inline void run_fiber() {
   for (;;) {
-    (*kernel_of_fibres)();
+    (*kernel_of_fibers)();
     running->at_its_end = true;
     wait_for_the_block();
   }
 }
 
 // Runs a fiber until it waits.  Only its start needs ucontext, which is slower than longjmp.
-inline void resume(Fibre& fibre) {
-  running = &fibre;
+inline void resume(Fiber& fiber) {
+  running = &fiber;
   if (_setjmp(scheduler) != 0) return;
-  if (fibre.started) _longjmp(fibre.place, 1);
-  fibre.started = true;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack.ss_sp = fibre.stack.get();
-  context.uc_stack.ss_size = Fibre::stack_size;
-  makecontext(&context, run_fibre, 0);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = Fiber::stack_size;
+  makecontext(&context, run_fiber, 0);
   setcontext(&context);
 }
 
 inline void run_block(unsigned threads, const std::function<void()>& kernel) {
-  kernel_of_fibres = &kernel;
-  if (fibres.size() < threads) fibres.resize(threads);
-  for (Fibre& fibre : fibres) fibre.at_its_end = false;
+  kernel_of_fibers = &kernel;
+  if (fibers.size() < threads) fibers.resize(threads);
+  for (Fiber& fiber : fibers) fiber.at_its_end = false;
   for (unsigned ended = 0; ended < threads;) {
     for (unsigned n : in_any_order(threads)) {
       threadIdx = index(n, blockDim);
-      resume(fibres[n]);
-      ended += fibres[n].at_its_end;
+      resume(fibers[n]);
+      ended += fibers[n].at_its_end;
     }
     if (ended > 0 && ended < threads) {
       std::fprintf(stderr, "__syncthreads() was reached by some threads of a block and not by the others\n");
