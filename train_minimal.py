@@ -1,6 +1,6 @@
 """Train ScalableViT on a folder of images, on a laptop, one GPU or several multi-GPU machines.
 
-    python train_minimal.py [--data DIR]        tiny, on DIR/{train,val}/CLASS/*, or on synthetic digits without --data
+    python train_minimal.py [--data DIR]        tiny, on DIR/{train,val}/CLASS/*, or on digits drawn by the program
     torchrun --nproc_per_node=8 train_minimal.py --data DIR --model s         the paper's run: 8 x 128 images per step
 """
 import argparse
@@ -54,7 +54,7 @@ flag("--save-every", type=int, default=1000, metavar="N", help="save last.pt eve
 flag("--bf16", action=argparse.BooleanOptionalAction, default=CUDA, help="autocast to bfloat16 (default: on a GPU)")
 for name, value in PAPER.items():
     flag("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N",
-         help=f"{value}; for tiny {TINY[name]}, without --data {DIGITS[name]}")
+         help=f"{value}; tiny: {TINY[name]}; digits: {DIGITS[name]}")
 
 
 def check(condition, message):

@@ -132,7 +132,7 @@ def run(args, **kwargs):
 def main():
     parser = dense.arguments("RetinaNet and Mask R-CNN on ScalableViT.", ["mask_rcnn", "retinanet"], "a COCO folder")
     parser.add_argument("--schedule", choices=SCHEDULES, default="1x")
-    parser.add_argument("--epochs", type=int, help="(default: the schedule's)")
+    parser.add_argument("--epochs", type=int, help="number of epochs (default: the schedule's)")
     parser.add_argument("--size", type=int, help="shorter side of all images (default: the schedule's)")
     args = parser.parse_args()
     torch.manual_seed(0)
