@@ -55,7 +55,8 @@ setup(
     py_modules=["scalablevit"],
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    extras_require={"train": ["torchvision"], "test": ["pytest", "hypothesis", "torchvision"],
-                    "figures": ["matplotlib", "torchvision"], "detection": ["torchvision", "pycocotools"]},
+    extras_require={"train": ["torchvision"], "figures": ["matplotlib", "torchvision"],
+                    "detection": ["torchvision", "pycocotools"],
+                    "test": ["pytest", "hypothesis", "torchvision", "matplotlib", "nbclient", "ipykernel"]},
     **{"cmdclass": {"sdist": SourceDist}} | extension(),
 )

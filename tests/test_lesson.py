@@ -1,0 +1,103 @@
+"""docs/lesson.ipynb: it runs from top to bottom, and is kept with its outputs.
+
+    python tests/test_lesson.py             runs it anew and saves it with the outputs, in a few minutes
+
+Running it takes nbclient and ipykernel, and torchvision and matplotlib for what it imports: pip install '.[test]'
+"""
+import json
+import os
+import pathlib
+import re
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+LESSON = ROOT / "docs" / "lesson.ipynb"
+CELLS = json.loads(LESSON.read_text())["cells"]
+CODE, PROSE = ([cell for cell in CELLS if cell["cell_type"] == kind] for kind in ("code", "markdown"))
+
+
+def run():
+    """-> the notebook with fresh outputs.  Raises nbclient's CellExecutionError where a cell fails."""
+    import nbclient
+    import nbformat
+    notebook = nbformat.read(LESSON, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:                    # in place of the user's IPython profile
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True,
+                                         record_timing=False, resources={"metadata": {"path": str(LESSON.parent)}})
+        client.execute(env=os.environ | {"IPYTHONDIR": folder, "OMP_NUM_THREADS": "1"})
+    return notebook
+
+
+def save(notebook):
+    """Without the version of Python that ran it."""
+    import nbformat
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+                         "language_info": {"name": "python"}}
+    part = LESSON.with_suffix(".part")
+    nbformat.write(notebook, part)
+    part.replace(LESSON)
+
+
+def test_it_runs_from_top_to_bottom():
+    for package in ("nbclient", "ipykernel", "matplotlib", "torchvision"):
+        pytest.importorskip(package)
+    run()
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def texts(cell):
+    """The outputs of a cell that can be read: all but pictures of pixels."""
+    for output in cell["outputs"]:
+        for kind, text in output.get("data", {"text/plain": output.get("text", "")}).items():
+            if kind != "image/png":
+                yield "".join(text)
+
+
+def test_cells_are_short():
+    assert [source(cell) for cell in CODE if len(source(cell).splitlines()) > 15] == []
+
+
+def test_lines_fit_a_screen():
+    lines = [line for cell in CELLS for line in source(cell).splitlines()]
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_it_is_kept_with_the_outputs_of_one_run():
+    assert [cell["execution_count"] for cell in CODE] == [*range(1, len(CODE) + 1)]
+    shows = re.compile(r"plt\.plot|figures\.\w+\(|subplots|loglog|print\(|Markdown\(|SVG\(|^%run", re.MULTILINE)
+    silent = [source(cell) for cell in CODE if shows.search(source(cell)) and not cell["outputs"]]
+    assert silent == []
+
+
+def test_outputs_are_clean():
+    """Neither errors nor warnings, nor absolute paths, which tell where it was run."""
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    assert [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"] == []
+    path = re.compile(r"(?<![\w./:<])/(?:[\w.-]+/)+|\b[A-Z]:\\")
+    assert [match.group() for cell in CODE for text in texts(cell) for match in path.finditer(text)] == []
+    assert LESSON.stat().st_size < 1e6
+
+
+def test_links_lead_to_files_and_every_exercise_is_linked():
+    links = {link for cell in PROSE for link in re.findall(r"\]\(([^)\s]+)\)", source(cell)) if "://" not in link}
+    assert [link for link in links if not (LESSON.parent / link).is_file()] == []
+    exercises = {f"../{file.relative_to(ROOT).as_posix()}" for file in ROOT.glob("tests/exercises/*.py")}
+    assert exercises - links == set()
+
+
+def test_it_defines_nothing_that_the_code_has():
+    """It imports scalablevit.py and docs/ instead of repeating them."""
+    defined = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
+    own = {name for cell in CODE for name in defined.findall(source(cell))}
+    files = [ROOT / "scalablevit.py", *ROOT.glob("docs/*.py")]
+    theirs = {name for file in files for name in defined.findall(file.read_text())}
+    assert own & theirs == set()
+
+
+if __name__ == "__main__":
+    save(run())
