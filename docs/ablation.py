@@ -131,7 +131,9 @@ def train(row, task, seed):
         curve.append(evaluate(*validation))
     for i in range(SETTING["cooldown"]):
         update(1 - (i + 1) / SETTING["cooldown"])
-    return {"final": evaluate(*test), "seconds": round(time.time() - began), "curve": [round(x, 2) for x in curve]}
+    curve = [round(figure, 2) for figure in curve]
+    return {"final": evaluate(*test), "updates": len(curve) * SETTING["every"], "to_95": to_95(curve),
+            "area": area(curve), "seconds": round(time.time() - began), "curve": curve}
 
 
 def stopped(curve):
@@ -149,3 +151,65 @@ def continued(curve):
 def to_95(curve):
     """Updates until the validation figure was 95 % for the first time; None if it never was."""
     return next(((i + 1) * SETTING["every"] for i, x in enumerate(curve) if x >= 95), None)
+
+
+def area(curve):
+    """Mean validation figure over all updates up to the cap: the area under the curve, 100 at most."""
+    return statistics.mean(continued(curve))
+
+
+def setting():
+    """What all rows share, as it stands in the results file: runs under another setting are kept apart."""
+    return json.loads(json.dumps({**SETTING, **NET}))
+
+
+def finished():
+    """{(row, task, seed): figures} of the runs under this setting."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {(run["row"], run["task"], run["seed"]): run for run in lines if run["setting"] == setting()}
+
+
+def run(row, task, seed):
+    """Train and add a line to the results file, which is replaced as a whole."""
+    result = {"row": row, "task": task, "seed": seed, **train(row, task, seed), "setting": setting()}
+    part = RESULTS.with_suffix(".part")
+    part.write_text((RESULTS.read_text() if RESULTS.exists() else "") + json.dumps(result) + "\n")
+    part.replace(RESULTS)
+    print(f"{task}, {row}, seed {seed}: {result['final']:.1f} %, {result['updates']} updates, {result['seconds']} s",
+          flush=True)
+
+
+def figures(row, task, key):
+    """One figure of each finished run of a row, in the order of the seeds."""
+    return [run[key] for name, run in sorted(finished().items()) if name[:2] == (row, task)]
+
+
+def table():
+    """Markdown: every row's figures over the seeds, beside the paper's."""
+
+
+def differences():
+    """Markdown."""
+
+
+def main():
+    global RESULTS
+    parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each row and task (default: %(default)s)")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
+                        help="default: docs/ablation.jsonl")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw learning curves; needs matplotlib")
+    args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {args.seeds}")
+    RESULTS = args.results
+    for seed in range(args.seeds):                                                      # a whole table, then the next
+        for task in TASKS:
+            for row in ROWS:
+                if (row, task, seed) not in finished():
+                    run(row, task, seed)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
