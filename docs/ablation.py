@@ -88,11 +88,6 @@ def draw_global(n, generator):
 TASKS = {"local": (draw_local, 2, len(NEAR)), "global": (draw_global, HUES, 1)}         # answers, questions to a cell
 
 
-def accuracy(logits, labels):
-    """Right answers in percent: logits (n, answers, questions, 8, 8), labels (n, questions, 8, 8), -1 where none."""
-    return 100 * (logits.argmax(1) == labels)[labels >= 0].float().mean().item()
-
-
 def train(row, task, seed):
     """Train until the validation figure no longer rises, then let the learning rate fall to 0; -> dict of figures."""
     began = time.time()
@@ -122,7 +117,8 @@ def train(row, task, seed):
 
     @torch.no_grad()
     def evaluate(boards, labels):
-        return accuracy(network(boards), labels)
+        right = network(boards).argmax(1) == labels                                     # (n, questions, 8, 8)
+        return 100 * right[labels >= 0].float().mean().item()
 
     curve = []                                                                          # [i]: after (i + 1) every
     while not stopped(curve):
@@ -132,8 +128,9 @@ def train(row, task, seed):
     for i in range(SETTING["cooldown"]):
         update(1 - (i + 1) / SETTING["cooldown"])
     curve = [round(figure, 2) for figure in curve]
-    return {"final": evaluate(*test), "updates": len(curve) * SETTING["every"], "to_95": to_95(curve),
-            "area": area(curve), "seconds": round(time.time() - began), "curve": curve}
+    to_95 = next(((i + 1) * SETTING["every"] for i, figure in enumerate(curve) if figure >= 95), None)
+    return {"final": evaluate(*test), "updates": len(curve) * SETTING["every"], "to_95": to_95,
+            "area": statistics.mean(continued(curve)), "seconds": round(time.time() - began), "curve": curve}
 
 
 def stopped(curve):
@@ -144,18 +141,8 @@ def stopped(curve):
 
 
 def continued(curve):
-    """The curve up to the cap: after a run has stopped, its last figure stays."""
+    """The curve up to the cap, where a run that has stopped keeps its last figure; its mean is the normalised area."""
     return curve + curve[-1:] * (SETTING["cap"] // SETTING["every"] - len(curve))
-
-
-def to_95(curve):
-    """Updates until the validation figure was 95 % for the first time; None if it never was."""
-    return next(((i + 1) * SETTING["every"] for i, x in enumerate(curve) if x >= 95), None)
-
-
-def area(curve):
-    """Mean validation figure over all updates up to the cap: the area under the curve, 100 at most."""
-    return statistics.mean(continued(curve))
 
 
 def setting():
@@ -180,16 +167,74 @@ def run(row, task, seed):
 
 
 def figures(row, task, key):
-    """One figure of each finished run of a row, in the order of the seeds."""
-    return [run[key] for name, run in sorted(finished().items()) if name[:2] == (row, task)]
+    """{seed: figure} of a row's finished runs."""
+    return {seed: run[key] for (r, t, seed), run in finished().items() if (r, t) == (row, task)}
 
 
 def table():
-    """Markdown: every row's figures over the seeds, beside the paper's."""
+    """Markdown: mean and standard deviation over the seeds, then the paper's mIoU on ADE20K and Top-1 on ImageNet.
+
+    final figure; median of the updates to 95 % and how many runs came there; normalised area under the curve.
+    """
+    lines = ["| | " + " | ".join(f"{task}, % | to 95 % | area, %" for task in TASKS)
+             + " | seeds | mIoU | Top-1 |", "|---" * (3 * len(TASKS) + 4) + "|"]
+    for row, (_, top1, miou) in ROWS.items():
+        cells = [row]
+        for task in TASKS:
+            finals, areas, to_95 = ([*figures(row, task, key).values()] for key in ("final", "area", "to_95"))
+            reached = [updates for updates in to_95 if updates]
+            spread = f" ± {statistics.stdev(finals):.1f}" if len(finals) > 1 else ""
+            cells += [f"{statistics.mean(finals):.1f}{spread}" if finals else "–",
+                      f"{statistics.median(reached):.0f} ({len(reached)})" if reached else "–",
+                      f"{statistics.mean(areas):.1f}" if areas else "–"]
+        lines.append("| " + " | ".join([*cells, str(len(finals)), str(miou or "–"), str(top1)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(values, resamples=10_000):
+    """95 % bootstrap interval of the mean: the middle of the means of values drawn again with replacement."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
+    return means[resamples // 40], means[-resamples // 40 - 1]
+
+
+def difference(first, second, task):
+    """First row minus second in points, paired by seed: (mean, low, high, verdict on "first is better")."""
+    ours, theirs = figures(first, task, "final"), figures(second, task, "final")
+    paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    low, high = interval(paired)
+    verdict = "appears" if low > 0 else "reversed" if high < 0 else "absent"
+    if min(statistics.mean(ours.values()), statistics.mean(theirs.values())) >= 99:
+        verdict = "ceiling"
+    return statistics.mean(paired), low, high, verdict
 
 
 def differences():
-    """Markdown."""
+    """Markdown: what the paper's tables claim, on each task in points with 95 % intervals, then as the paper has it."""
+    lines = ["| | " + " | ".join(TASKS) + " | mIoU | Top-1 |", "|---" * (len(TASKS) + 3) + "|"]
+    for first, second in CLAIMS:
+        cells = [f"{first} − {second}"]
+        for task in TASKS:
+            mean, low, high, verdict = difference(first, second, task)
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {verdict}")
+        (_, *ours), (_, *theirs) = ROWS[first], ROWS[second]                            # (Top-1, mIoU) each
+        cells += [f"{a - b:+.1f}" if a and b else "–" for a, b in zip(ours, theirs)][::-1]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(file, rows=("WSA", "IWSA", "SSA, r_c = 1", "SSA", "neither", "LEM", "PEG and LEM", "PEG and LIM")):
+    """Draw validation figure against updates, the mean over the seeds; a run that has stopped stays where it was."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 4), sharey=True)
+    for axis, task in zip(axes, TASKS):
+        for row in rows:
+            mean = torch.tensor([continued(curve) for curve in figures(row, task, "curve").values()]).mean(0)
+            axis.plot(SETTING["every"] * torch.arange(1, len(mean) + 1), mean, label=row)
+        axis.set(xlabel="updates", ylabel="right answers, %", title=task)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file)
 
 
 def main():
@@ -203,12 +248,15 @@ def main():
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
     RESULTS = args.results
+    torch.set_num_threads(1)                                                            # so small, more do not help
     for seed in range(args.seeds):                                                      # a whole table, then the next
         for task in TASKS:
             for row in ROWS:
                 if (row, task, seed) not in finished():
                     run(row, task, seed)
-    print(table())
+    print(table(), differences(), sep="\n")
+    if args.plot:
+        curves(args.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/figures.py and docs/ablation.py: their numbers by other means, and that they run.  Matplotlib is an extra."""
+"""docs/figures.py: its numbers by other means, and that it runs.  Matplotlib is an extra."""
 import argparse
 import json
 import pathlib
@@ -10,7 +10,6 @@ from hypothesis import given, strategies as st
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
 
-import ablation
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
 from test_published import OFFICIAL
 
@@ -83,39 +82,3 @@ def test_without_weights_networks_are_trained_once(figures, tmp_path, monkeypatc
     figures.maps(tmp_path)
     figures.maps(tmp_path)
     assert len(updates) == 3 and len(list(tmp_path.rglob("*.pt"))) == 3 and (tmp_path / "maps.png").exists()
-
-
-# ------------------------------------------------------------------------------------------------ ablation.py
-def test_the_rows_are_those_of_the_paper():
-    """Table 5(a) has seven, 5(b) six, 7 two; each is a network of its own."""
-    assert [len(rows) for rows in ablation.TABLES.values()] == [7, 6, 2] and len(ablation.ROWS) == 12
-    assert len({str(ScalableViT(**ablation.NET | arguments)) for arguments, *_ in ablation.ROWS.values()}) == 12
-
-
-@given(st.integers(0, 10 ** 6))
-def test_a_board_is_answered_by_its_one_coloured_cell(seed):
-    images, labels = ablation.draw(4, torch.Generator().manual_seed(seed))
-    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))                     # (4, 3, 8, 8), the noise averaged
-    grey = (cells.amax(1) - cells.amin(1)) < 1                                          # the others are coloured
-    assert grey.flatten(1).sum(1).tolist() == [63] * 4
-    for n in range(4):
-        hue = cells[n][:, ~grey[n]].flatten() > 0
-        classes = labels[n].unique().tolist()
-        assert classes == [0, 1 + [[True, False, False], [False, True, False], [False, False, True],
-                                   [True, True, False]].index(hue.tolist())]
-        assert torch.equal(labels[n] > 0, (cells[n].mean(0) > 0) | ~grey[n])
-
-
-def test_a_stopped_ablation_goes_on(tmp_path, monkeypatch, capsys):
-    trained = []
-    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
-    monkeypatch.setattr(ablation, "train", lambda row, seed: trained.append((row, seed)) or 10.0 * seed)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "2"])
-    ablation.run("SSA", 1)
-    with monkeypatch.context() as other:
-        other.setitem(ablation.SETTING, "steps", 1)
-        ablation.run("SSA", 0)                                      # under another setting: does not count, is not lost
-    ablation.main()
-    assert sorted(trained[2:]) == sorted({(row, seed) for row in ablation.ROWS for seed in (0, 1)} - {("SSA", 1)})
-    assert len((tmp_path / "ablation.jsonl").read_text().splitlines()) == 25
-    assert "| SSA | 5.0 ± 7.1 | 2 | 44.4 | 82.9 |" in capsys.readouterr().out
