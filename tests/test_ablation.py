@@ -144,11 +144,12 @@ def test_differences_are_paired_by_seed_and_judged(monkeypatch, tmp_path):
     gain = {"IWSA": lambda seed: 2 + seed / 2, "SSA": lambda seed: (seed - 2) / 2, "PEG": lambda seed: -1 - seed,
             "LIM": lambda seed: 60 - 10 * seed, "PEG and LIM": lambda seed: 59.5 - 10 * seed}
     write(ablation.RESULTS, lambda row, task, seed: 40.0 + 10 * seed + gain.get(row, lambda seed: 0)(seed))
+    lines = ablation.differences().splitlines()
     for first, second, mean, verdict in (("IWSA", "WSA", 3, "appears"), ("SSA", "WSA", 0, "absent"),
                                          ("PEG", "neither", -3, "reversed"), ("PEG and LIM", "LIM", -0.5, "ceiling")):
         found, low, high, said = ablation.difference(first, second, "local")
         assert (found, said) == (pytest.approx(mean), verdict) and low - 1e-9 <= found <= high + 1e-9
-        line, = (line for line in ablation.differences().splitlines() if line.startswith(f"| {first} − {second} |"))
+        line, = (line for line in lines if line.startswith(f"| {first} − {second} |"))
         assert line.split(" | ")[1] == line.split(" | ")[2] == f"{found:+.1f} [{low:+.1f}, {high:+.1f}] {said}"
 
 
