@@ -1,19 +1,24 @@
-"""Tables 5(a), 5(b) and 7 of the paper in miniature: the same rows, on a task that a laptop can train on.
+"""Tables 5(a), 5(b) and 7 of the paper in miniature: the same rows, on two tasks that one core can train on.
 
-    python docs/ablation.py --seeds 5                         the table at once: docs/ablation.jsonl has these runs
-    python docs/ablation.py --results mine.jsonl              12 networks x 3 seeds anew; 20 s each on one core
+    python docs/ablation.py                                   the tables at once: docs/ablation.jsonl has these runs
+    python docs/ablation.py --results mine.jsonl              12 networks x 2 tasks x 5 seeds anew; 40 s each
+    python docs/ablation.py --plot ablation.png               learning curves; needs matplotlib
 
-Every finished run is in the file of results at once: a stopped program goes on where it was.  The file does not know
-the code: after a change to a row or to scalablevit.py, take another file.
+Every finished run is in the results file at once: a stopped program goes on where it was.  The file does not know the
+code: after a change to a row or to scalablevit.py, take another file.
 
-The task: a board of 8 x 8 cells, empty or grey, and one in one of four hues.  Every grey cell's class is that hue, an
-empty cell's is 0.  What a cell is, it shows; which hue it takes is far away for most.  A cell has 4 x 4 pixels, and so
-one token.  The network is one stage of four blocks with windows of 2 x 2 tokens, which alone carry the hue over a
-sixteenth of the board.  A linear layer on each token answers.
+A board has 8 x 8 cells.  A cell is one token: the patch embedding is 1x1 here, so that it joins no windows.
+
+    local   cells are black or white; each names the colours of the 12 cells within two steps
+    global  a quarter of the cells are items, with a code of 16 bits and one of four hues; each other cell asks with
+            the code of one of them, wherever it is, and answers with its hue; every item has a twin, one bit away
+
+The network has one pair of blocks and windows of 2 x 2 tokens.  What was expected of each row, and why: ablation.md.
 """
 import argparse
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -23,12 +28,14 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
-from scalablevit import ScalableViT  # noqa: E402
+from scalablevit import PatchEmbed, ScalableViT  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
-CELLS, HUES = 8, 4
-NET = dict(dim=32, depths=(4,), heads=(2,), rc=(1.25,), rn=(1 / 4,), window=2, num_classes=0)
-SETTING = dict(steps=200, batch=32, lr=2e-3, warmup=50, weight_decay=0.05)            # for all rows; chosen on the last
+NEAR = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if 1 <= abs(y) + abs(x) <= 2]    # rows down, columns right
+ITEMS, BITS, HUES = 16, 16, 4
+NET = dict(dim=32, depths=(2,), heads=(8,), rc=(2,), rn=(1 / 4,), window=2, mlp_ratio=2, num_classes=0)
+SETTING = dict(batch=64, lr=3e-3, warmup=50, cooldown=100, weight_decay=0.05,   # for all rows; chosen on the last one
+               every=50, patience=400, rise=0.5, ceiling=99.9, cap=1000)
 ROWS = {  # name: (arguments, Top-1 and mIoU in the paper)
     "WSA": (dict(pattern=("wsa", "wsa")), 82.4, 38.9),                                  # Table 5(a)
     "IWSA": (dict(pattern=("iwsa", "iwsa")), 82.9, 43.5),
@@ -41,103 +48,215 @@ ROWS = {  # name: (arguments, Top-1 and mIoU in the paper)
     "LEM": (dict(pattern=("lem", "ssa"), peg=False), 82.8, None),
     "LIM": (dict(pattern=("iwsa", "ssa"), peg=False), 83.0, 43.7),
     "PEG and LEM": (dict(pattern=("lem", "ssa")), 83.0, 41.1),                          # and Table 7
-    "IWSA & SSA = PEG and LIM": (dict(pattern=("iwsa", "ssa")), 83.1, 44.9),            # the network itself
+    "PEG and LIM": (dict(pattern=("iwsa", "ssa")), 83.1, 44.9),                         # IWSA & SSA, the network itself
 }
-TABLES = {"Table 5(a): self-attention": [*list(ROWS)[:6], list(ROWS)[-1]],
-          "Table 5(b): around WSA & SSA": list(ROWS)[6:], "Table 7: LEM against LIM": list(ROWS)[-2:]}
+CLAIMS = [  # the paper has the first above the second
+    ("IWSA", "WSA"), ("SSA", "WSA"), ("SSA", "SSA, r_c = 1"), ("PEG and LIM", "IWSA"), ("PEG and LIM", "SSA"),
+    ("PEG and LIM", "SWSA & SSA"), ("PEG and LIM", "SSA & IWSA"),                       # Table 5(a)
+    ("PEG", "neither"), ("LEM", "neither"), ("LIM", "neither"), ("LIM", "PEG"), ("PEG and LIM", "PEG"),
+    ("PEG and LIM", "LIM"), ("PEG and LIM", "PEG and LEM"),                             # Tables 5(b) and 7
+]
 
 
-def draw(n, generator):
-    """n boards (n, 3, 32, 32) and the class of each cell (n, 8, 8): 0 empty, 1 to 4 the hue of the coloured cell."""
-    palette = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).float()
-    hue, where = (torch.randint(m, (n,), generator=generator) for m in (HUES, CELLS * CELLS))
-    grey = torch.rand(n, CELLS * CELLS, generator=generator) < 0.5
-    grey[torch.arange(n), where] = True
-    colours = grey[..., None].expand(-1, -1, 3) * 0.5 - 0.25                            # (n, 64, 3)
-    colours[torch.arange(n), where] = palette[hue]
-    images = colours.view(n, CELLS, CELLS, 3).permute(0, 3, 1, 2)
-    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    images = images + 0.25 * torch.randn(images.shape, generator=generator)
-    return images, (grey * (hue + 1)[:, None]).view(n, CELLS, CELLS)
+def draw_local(n, generator):
+    """n boards (n, 1, 8, 8) of -1 and 1, and the colours around each cell (n, 12, 8, 8): 0, 1, or -1 off the board."""
+    colour = torch.randint(2, (n, 8, 8), generator=generator)
+    around = F.pad(colour, (2, 2, 2, 2), value=-1)                                      # (n, 12, 12)
+    labels = torch.stack([around[:, 2 + y:10 + y, 2 + x:10 + x] for y, x in NEAR], dim=1)
+    return 2.0 * colour[:, None] - 1, labels
 
 
-def train(row, seed):
-    """-> mean IoU of the five classes, in percent, on boards that no training saw."""
-    torch.manual_seed(seed)
-    backbone = ScalableViT(**NET | ROWS[row][0])
-    head = nn.Conv2d(backbone.num_features, 1 + HUES, 1)
-    parameters = [*backbone.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, SETTING["lr"], weight_decay=SETTING["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, SETTING["lr"], SETTING["steps"], SETTING["warmup"] / SETTING["steps"])  # up, and a cosine down
+def draw_global(n, generator):
+    """n boards (n, 36, 8, 8) and the hue that each cell asks for (n, 1, 8, 8); an item asks for none: -1.
+
+    Channels: an item's code (16 of -1 and 1), its hue (4, one-hot), the code that another cell asks with (16).
+    One item in each square of 2 x 2 cells, so that a key of SSA, which sums up a square, has one to tell of.
+    """
+    code = 2.0 * torch.randint(2, (n, ITEMS // 2, BITS), generator=generator) - 1
+    bit = F.one_hot(torch.randint(BITS, (n, ITEMS // 2), generator=generator), BITS)
+    code = torch.cat([code, code * (1 - 2 * bit)], dim=1)                               # (n, 16, 16): twins
+    hue = torch.randint(HUES, (n, ITEMS), generator=generator)
+    is_item = F.one_hot(torch.randint(4, (n, ITEMS), generator=generator), 4).bool()[..., None]      # (n, 16, 4, 1)
+    wanted = torch.randint(ITEMS, (n, ITEMS * 4), generator=generator)                  # one for each cell
+    question = code.gather(1, wanted[..., None].expand(-1, -1, BITS)).view(n, ITEMS, 4, BITS)
+    cells = torch.cat([is_item * code[:, :, None], is_item * F.one_hot(hue, HUES)[:, :, None], ~is_item * question], 3)
+    labels = hue.gather(1, wanted).view(n, ITEMS, 4, 1).masked_fill(is_item, -1)
+    boards, labels = (t.view(n, 4, 4, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(n, -1, 8, 8) for t in (cells, labels))
+    return boards, labels
+
+
+TASKS = {"local": (draw_local, 2, len(NEAR)), "global": (draw_global, HUES, 1)}         # answers, questions to a cell
+
+
+def train(row, task, seed):
+    """Train until the validation figure no longer rises, then let the learning rate fall to 0; -> dict of figures."""
+    began = time.time()
+    draw, answers, questions = TASKS[task]
     generator = torch.Generator().manual_seed(seed)                                     # the same boards for every row
-    for _ in range(SETTING["steps"]):
-        images, labels = draw(SETTING["batch"], generator)
-        loss = F.cross_entropy(head(backbone.forward_features(images)[-1]), labels)
+    validation = draw(256, torch.Generator().manual_seed(10 ** 6))
+    test = draw(1000, torch.Generator().manual_seed(10 ** 6 + 1))                       # used once
+    torch.manual_seed(seed)
+    channels = validation[0].shape[1]
+    backbone = ScalableViT(**NET | ROWS[row][0], in_chans=channels)
+    backbone.stages[0].embed = PatchEmbed(channels, NET["dim"], kernel_size=1, stride=1)
+    head = nn.Conv2d(backbone.num_features, answers * questions, 1)
+    parameters = [*backbone.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, SETTING["lr"], weight_decay=SETTING["weight_decay"], fused=True)
+
+    def network(boards):
+        return head(backbone.forward_features(boards)[-1]).unflatten(1, (answers, questions))
+
+    def update(rate):
+        boards, labels = draw(SETTING["batch"], generator)
+        loss = F.cross_entropy(network(boards), labels, ignore_index=-1)
+        optimizer.param_groups[0]["lr"] = rate * SETTING["lr"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
-        schedule.step()
-    backbone.eval()
-    with torch.no_grad():
-        images, labels = draw(1000, torch.Generator().manual_seed(10 ** 6))
-        answers = head(backbone.forward_features(images)[-1]).argmax(1)
-    return 100 * statistics.mean(((answers == c) & (labels == c)).sum().item()
-                                 / ((answers == c) | (labels == c)).sum().item() for c in range(1 + HUES))
+
+    @torch.no_grad()
+    def evaluate(boards, labels):
+        right = network(boards).argmax(1) == labels                                     # (n, questions, 8, 8)
+        return 100 * right[labels >= 0].float().mean().item()
+
+    curve = []                                                                          # [i]: after (i + 1) every
+    while not stopped(curve):
+        for i in range(SETTING["every"]):
+            update(min(1, (len(curve) * SETTING["every"] + i + 1) / SETTING["warmup"]))
+        curve.append(evaluate(*validation))
+    for i in range(SETTING["cooldown"]):
+        update(1 - (i + 1) / SETTING["cooldown"])
+    curve = [round(figure, 2) for figure in curve]
+    to_95 = next(((i + 1) * SETTING["every"] for i, figure in enumerate(curve) if figure >= 95), None)
+    return {"final": evaluate(*test), "updates": len(curve) * SETTING["every"], "to_95": to_95,
+            "area": statistics.mean(continued(curve)), "seconds": round(time.time() - began), "curve": curve}
+
+
+def stopped(curve):
+    """At the ceiling, at the cap, or without a rise over the last `patience` updates."""
+    recent = SETTING["patience"] // SETTING["every"]
+    flat = len(curve) > recent and max(curve[-recent:]) < max(curve[:-recent]) + SETTING["rise"]
+    return flat or len(curve) * SETTING["every"] >= SETTING["cap"] or bool(curve) and curve[-1] >= SETTING["ceiling"]
+
+
+def continued(curve):
+    """The curve up to the cap, where a run that has stopped keeps its last figure; its mean is the normalised area."""
+    return curve + curve[-1:] * (SETTING["cap"] // SETTING["every"] - len(curve))
 
 
 def setting():
-    """What all rows share, as it stands in the file of results: runs under another setting are kept apart."""
+    """What all rows share, as it stands in the results file: runs under another setting are kept apart."""
     return json.loads(json.dumps({**SETTING, **NET}))
 
 
 def finished():
-    """{(row, seed): mean IoU} of the runs under this setting."""
+    """{(row, task, seed): figures} of the runs under this setting."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    return {(run["row"], run["seed"]): run["miou"] for run in lines if run["setting"] == setting()}
+    return {(run["row"], run["task"], run["seed"]): run for run in lines if run["setting"] == setting()}
 
 
-def run(row, seed):
-    began = time.time()
-    result = {"row": row, "seed": seed, "miou": train(row, seed), "seconds": round(time.time() - began),
-              "setting": setting()}
-    part = RESULTS.with_suffix(".part")                                                 # whole or not at all
+def run(row, task, seed):
+    """Train and add a line to the results file, which is replaced as a whole."""
+    result = {"row": row, "task": task, "seed": seed, **train(row, task, seed), "setting": setting()}
+    part = RESULTS.with_suffix(".part")
     part.write_text((RESULTS.read_text() if RESULTS.exists() else "") + json.dumps(result) + "\n")
     part.replace(RESULTS)
-    print(f"{row}, seed {seed}: mean IoU {result['miou']:.1f} %, {result['seconds']} s", flush=True)
+    print(f"{task}, {row}, seed {seed}: {result['final']:.1f} %, {result['updates']} updates, {result['seconds']} s",
+          flush=True)
+
+
+def figures(row, task, key):
+    """{seed: figure} of a row's finished runs."""
+    return {seed: run[key] for (r, t, seed), run in finished().items() if (r, t) == (row, task)}
 
 
 def table():
-    """Markdown: mean and standard deviation over the seeds, beside the paper."""
-    runs, lines = finished(), []
-    for title, rows in TABLES.items():
-        lines += [f"| {title} | mean IoU here, % | seeds | paper: mIoU on ADE20K | paper: Top-1 on ImageNet |",
-                  "|---|---|---|---|---|"]
+    """Markdown: mean and standard deviation over the seeds, then the paper's mIoU on ADE20K and Top-1 on ImageNet.
+
+    final figure; median of the updates to 95 % and how many runs came there; normalised area under the curve.
+    """
+    lines = ["| | " + " | ".join(f"{task}, % | to 95 % | area, %" for task in TASKS)
+             + " | seeds | mIoU | Top-1 |", "|---" * (3 * len(TASKS) + 4) + "|"]
+    for row, (_, top1, miou) in ROWS.items():
+        cells = [row]
+        for task in TASKS:
+            finals, areas, to_95 = ([*figures(row, task, key).values()] for key in ("final", "area", "to_95"))
+            reached = [updates for updates in to_95 if updates]
+            spread = f" ± {statistics.stdev(finals):.1f}" if len(finals) > 1 else ""
+            cells += [f"{statistics.mean(finals):.1f}{spread}" if finals else "–",
+                      f"{statistics.median(reached):.0f} ({len(reached)})" if reached else "–",
+                      f"{statistics.mean(areas):.1f}" if areas else "–"]
+        lines.append("| " + " | ".join([*cells, str(len(finals)), str(miou or "–"), str(top1)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(values, resamples=10_000):
+    """95 % bootstrap interval of the mean: the middle of the means of values drawn again with replacement."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
+    return means[resamples // 40], means[-resamples // 40 - 1]
+
+
+def difference(first, second, task):
+    """First row minus second in points, paired by seed: (mean, low, high, verdict on "first is better")."""
+    ours, theirs = figures(first, task, "final"), figures(second, task, "final")
+    paired = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    low, high = interval(paired)
+    verdict = "appears" if low > 0 else "reversed" if high < 0 else "absent"
+    if min(statistics.mean(ours.values()), statistics.mean(theirs.values())) >= 99:
+        verdict = "ceiling"
+    return statistics.mean(paired), low, high, verdict
+
+
+def differences():
+    """Markdown: what the paper's tables claim, on each task in points with 95 % intervals, then as the paper has it."""
+    lines = ["| | " + " | ".join(TASKS) + " | mIoU | Top-1 |", "|---" * (len(TASKS) + 3) + "|"]
+    for first, second in CLAIMS:
+        cells = [f"{first} − {second}"]
+        for task in TASKS:
+            mean, low, high, verdict = difference(first, second, task)
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}] {verdict}")
+        (_, *ours), (_, *theirs) = ROWS[first], ROWS[second]                            # (Top-1, mIoU) each
+        cells += [f"{a - b:+.1f}" if a and b else "–" for a, b in zip(ours, theirs)][::-1]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(file, rows=("WSA", "IWSA", "SSA, r_c = 1", "SSA", "neither", "LEM", "PEG and LEM", "PEG and LIM")):
+    """Draw validation figure against updates, the mean over the seeds; a run that has stopped stays where it was."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 4), sharey=True)
+    for axis, task in zip(axes, TASKS):
         for row in rows:
-            mious = [miou for (name, _), miou in runs.items() if name == row]
-            spread = f" ± {statistics.stdev(mious):.1f}" if len(mious) > 1 else ""
-            here = f"{statistics.mean(mious):.1f}{spread}" if mious else "–"
-            lines.append(f"| {row} | {here} | {len(mious)} | {ROWS[row][2] or '–'} | {ROWS[row][1]} |")
-        lines.append("")
-    return "\n".join(lines)
+            mean = torch.tensor([continued(curve) for curve in figures(row, task, "curve").values()]).mean(0)
+            axis.plot(SETTING["every"] * torch.arange(1, len(mean) + 1), mean, label=row)
+        axis.set(xlabel="updates", ylabel="right answers, %", title=task)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file)
 
 
 def main():
     global RESULTS
     parser = argparse.ArgumentParser(description="The paper's ablations in miniature.")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each row and task (default: %(default)s)")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FILE",
                         help="default: docs/ablation.jsonl")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw learning curves; needs matplotlib")
     args = parser.parse_args()
-    seeds, RESULTS = args.seeds, args.results
-    if seeds < 1:
-        parser.error(f"--seeds must be 1 or more, got {seeds}")
-    for seed in range(seeds):                                                           # a whole table, then the next
-        for row in ROWS:
-            if (row, seed) not in finished():
-                run(row, seed)
-    print(table())
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, got {args.seeds}")
+    RESULTS = args.results
+    torch.set_num_threads(1)                                                            # so small, more do not help
+    for seed in range(args.seeds):                                                      # a whole table, then the next
+        for task in TASKS:
+            for row in ROWS:
+                if (row, task, seed) not in finished():
+                    run(row, task, seed)
+    print(table(), differences(), sep="\n")
+    if args.plot:
+        curves(args.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""docs/figures.py and docs/ablation.py: independent checks of their numbers, and that they run (needs matplotlib)."""
+"""docs/figures.py and docs/network.py: independent checks of their numbers, and that they run (needs matplotlib)."""
 import argparse
 import json
 import pathlib
@@ -13,7 +13,6 @@ from hypothesis import given, strategies as st
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 
-import ablation
 import network
 import scalablevit
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
@@ -122,42 +121,6 @@ def test_without_weights_the_networks_are_trained_only_once(figures, tmp_path, m
 def test_every_picture_is_on_the_page():
     page = (DOCS / "README.md").read_text(encoding="utf-8")
     pictures = {file.name for pattern in ("*.png", "*.jpg", "*.svg") for file in DOCS.glob(pattern)}
-    assert pictures <= set(re.findall(r"\]\((\S+\.(?:png|jpg|svg))\)", page))
+    assert pictures == set(re.findall(r"\]\((\S+\.(?:png|jpg|svg))\)", page))
     for program in re.findall(r"python (\S+\.py)", page):
         assert (DOCS.parent / program).is_file()
-
-
-# ------------------------------------------------------------------------------------------------ ablation.py
-def test_the_rows_are_those_of_the_paper():
-    """Table 5(a) has seven, 5(b) six, 7 two; each is a network of its own."""
-    assert [len(rows) for rows in ablation.TABLES.values()] == [7, 6, 2] and len(ablation.ROWS) == 12
-    assert len({str(ScalableViT(**ablation.NET | arguments)) for arguments, *_ in ablation.ROWS.values()}) == 12
-
-
-@given(st.integers(0, 10 ** 6))
-def test_a_board_is_answered_by_its_one_coloured_cell(seed):
-    images, labels = ablation.draw(4, torch.Generator().manual_seed(seed))
-    cells = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-2, -1))                     # (4, 3, 8, 8), the noise averaged
-    grey = (cells.amax(1) - cells.amin(1)) < 1                                          # the others are coloured
-    assert grey.flatten(1).sum(1).tolist() == [63] * 4
-    for n in range(4):
-        hue = cells[n][:, ~grey[n]].flatten() > 0
-        classes = labels[n].unique().tolist()
-        assert classes == [0, 1 + [[True, False, False], [False, True, False], [False, False, True],
-                                   [True, True, False]].index(hue.tolist())]
-        assert torch.equal(labels[n] > 0, (cells[n].mean(0) > 0) | ~grey[n])
-
-
-def test_a_stopped_ablation_goes_on(tmp_path, monkeypatch, capsys):
-    trained = []
-    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
-    monkeypatch.setattr(ablation, "train", lambda row, seed: trained.append((row, seed)) or 10.0 * seed)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "2"])
-    ablation.run("SSA", 1)
-    with monkeypatch.context() as other:
-        other.setitem(ablation.SETTING, "steps", 1)
-        ablation.run("SSA", 0)                                      # under another setting: does not count, is not lost
-    ablation.main()
-    assert sorted(trained[2:]) == sorted({(row, seed) for row in ablation.ROWS for seed in (0, 1)} - {("SSA", 1)})
-    assert len((tmp_path / "ablation.jsonl").read_text().splitlines()) == 25
-    assert "| SSA | 5.0 ± 7.1 | 2 | 44.4 | 82.9 |" in capsys.readouterr().out
