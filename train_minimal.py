@@ -287,7 +287,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
     batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
-    print(f"scalablevit_{args.model}: {n} images, {len(classes)} classes, {batch} images per step, writing to {output}")
+    print(f"{output}: {n} images, {len(classes)} classes, {batch} images per step, step {step} of {last} is done")
     while not stopped and (step < last or step // steps > len(log)):
         if step // steps > len(log):                                # an epoch is complete and saved in last.pt
             top1, top5 = evaluate(model, val_loader, args.bf16)
