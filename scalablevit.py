@@ -70,7 +70,7 @@ class SSA(nn.Module):
     s x s cell of tokens (r_n = 1/s²), attention stays global at a fraction of the cost.  Deeper stages have fewer and
     less redundant tokens, so r_n grows to 1.
     Why r_c: Q and K need not be as wide as the input.  Extra channels (r_c > 1 in S and B) compensate for the detail
-    lost by merging tokens into cells; L is wide already and uses r_c < 1 to save cost.
+    lost by merging tokens into cells; L is wide already, with r_c < 1 in its first two stages.
 
     f_k and f_v share one reduction: a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
     LayerNorm, GELU.  Each then has its own linear layer.  (The paper prints f_v(V); its text and code use X.)  Zeros
@@ -205,7 +205,7 @@ class IWSA(WSA):
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position Encoding Generator (Section 3.4): x + DWConv(x).  The zero padding gives away absolute positions."""
+    """Position Encoding Generator (Section 3.4): x + DWConv(x).  The zero padding reveals absolute positions."""
 
     def __init__(self, dim):
         super().__init__()
