@@ -92,7 +92,7 @@ def read_image(path, size):
 
 class ImageFolder(Dataset):
     """Images under root/CLASS/, recursively; symlinked subfolders are skipped, as they may form cycles.  An item is the
-    image (size, size, 3), mask (1, size, size) with 0 where erased, label, and the error if it was replaced, or ""."""
+    image (size, size, 3), mask (1, size, size) with 0 where erased (or one 1), label, error if replaced, or ""."""
 
     def __init__(self, root, args, train):
         # Unlike DeiT's: no invert, solarize-add, magnitude noise or interpolation; a milder posterize.
@@ -100,7 +100,7 @@ class ImageFolder(Dataset):
         augment = [self.random_crop, *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
         self.transform = v2.Compose([*(augment if train else center_crop), np.array])
-        self.mask = torch.ones(1, args.size, args.size, dtype=torch.uint8)
+        self.mask = torch.ones(1, *2 * [args.size if args.reprob > 0 else 1], dtype=torch.uint8)
         self.erase = v2.RandomErasing(args.reprob, value=0) if train and args.reprob > 0 else torch.nn.Identity()
         self.args, self.classes = args, sorted(d.name for d in root.glob("[!.]*") if d.is_dir())
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
@@ -112,7 +112,7 @@ class ImageFolder(Dataset):
         """v2.RandomResizedCrop and RandomHorizontalFlip in plain Pillow, which is faster for small images."""
         top, left, h, w = v2.RandomResizedCrop.get_params(image, (self.args.min_scale, 1), (3 / 4, 4 / 3))
         image = image.resize(2 * [self.args.size], Image.BICUBIC, (left, top, left + w, top + h))
-        return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
+        return ImageOps.mirror(image) if torch.rand(()).item() < 0.5 else image
 
     def __getitem__(self, key):
         index, seed = key
