@@ -225,7 +225,6 @@ def main():
         if not (args.data or last_pt.exists() or (output / "digits").exists()):
             draw_digits(output / "digits")
     gather(None)                                                    # the other ranks wait for the lock and the digits
-
     # Settings come from the flags, else (with --resume or --eval) from the checkpoint, else from the defaults.
     going_on = last_pt.exists() and not args.eval
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
@@ -347,4 +346,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.excepthook = lambda *error: (sys.__excepthook__(*error), os._exit(1))      # joining the workers would block
     main()
