@@ -632,3 +632,9 @@ def test_the_bare_command_draws_the_digits_once_and_resumes_its_run(call, tmp_pa
     for flags in ([], [], ["--resume", "--epochs", 2]):
         succeed(call(*flags or ["--epochs", 1, *QUICK]))
     assert log_of(tmp_path / "runs" / "tiny", "epoch") == [1, 2] and len(drawn) == 1
+
+
+def test_an_uncaught_error_ends_the_process_although_data_loading_workers_ignore_signals(data, tmp_path):
+    command = [sys.executable, PROGRAM, "--data", data, "--output", tmp_path, *QUICK, "--workers", 1, "--lr", "nan"]
+    process = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300)
+    assert process.returncode == 1 and "non-finite" in process.stderr
