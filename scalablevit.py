@@ -367,7 +367,7 @@ def init_weights(module):
 scalablevit_s = partial(ScalableViT, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16), rc=(1.25, 1.25, 1.25, 1.0))
 scalablevit_b = partial(ScalableViT, dim=96, depths=(2, 2, 14, 6), heads=(3, 6, 12, 24), rc=(2.0, 1.25, 1.25, 1.0))
 scalablevit_l = partial(ScalableViT, dim=128, depths=(2, 6, 12, 4), heads=(4, 8, 16, 32), rc=(0.25, 0.5, 1.0, 1.0))
-# Not in the paper: a small model for laptops and teaching, meant for images of 64 to 112 pixels.
+# Not in the paper: a small model for laptops and teaching, meant for images of 56 to 112 pixels.
 scalablevit_tiny = partial(ScalableViT, dim=24, depths=(2, 2, 4, 2), heads=(1, 2, 4, 8), head_hidden=None)
 
 

@@ -129,8 +129,8 @@ class ImageFolder(Dataset):
 
 
 def training_batches(n, args, first, last):
-    """Yield this process's batches of keys (index, seed).  An epoch is n keys: shuffled images, aug_repeats times each.
-    A step deals them out in turn, so that `mix` pairs the same images for any number of processes."""
+    """Yield this process's batches of keys (index, seed).  An epoch takes n / aug_repeats of n shuffled images,
+    aug_repeats times each.  Keys are dealt out in turn: `mix` pairs the same images for any number of processes."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -270,7 +270,7 @@ def main():
         optimizer = torch.optim.AdamW(groups, fused=True)           # its param_groups are these dicts
         if going_on:
             step, loss_sum, log, unreadable = (checkpoint[key] for key in ("step", "loss_sum", "log", "unreadable"))
-            check(json.dumps(log) and step // steps - len(log) in (0, 1), f"{start} contradicts itself")
+            check(type(step) is int and json.dumps(log) and step // steps - len(log) in (0, 1), f"{start} is corrupt")
             for i, p in enumerate(p for group in groups for p in group["params"]):
                 moments = checkpoint["optimizer"]["state"][i]       # copied: fused AdamW does not check shapes
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)} | {

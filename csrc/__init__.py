@@ -1,7 +1,7 @@
 """Fused C++/CUDA kernels for ScalableViT, used only where `fuse` is called:
 
     from scalablevit_kernels import fuse, unfuse
-    model = fuse(scalablevit_s())       # same parameters, same state dict; IWSA runs in one pass over memory
+    model = fuse(scalablevit_s())       # same parameters, same state dict; on a CPU IWSA is one pass over memory
 
 scalablevit.py does not depend on this package: `fuse` switches layers to subclasses that override `forward`.
 """

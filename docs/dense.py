@@ -108,12 +108,14 @@ class ADE20K(torch.utils.data.Dataset):
 # ---------------------------------------------------------------------------- Training
 def pretrained(name, file=None):
     """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py."""
-    backbone = getattr(scalablevit, f"scalablevit_{name}")(num_classes=0)
+    config, weights = {}, None
     if file:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        weights = weights.get("model", weights)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config, weights = checkpoint.get("config", {}), checkpoint.get("model", checkpoint)
         if "patch_embeds.0.proj.weight" in weights:
-            weights = scalablevit.convert_official(weights)
+            config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)
+    backbone = getattr(scalablevit, f"scalablevit_{name}")(**config | {"num_classes": 0})
+    if weights:
         backbone.load_state_dict({key: w for key, w in weights.items() if not key.startswith("head.")})
     return backbone
 
