@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import random
 import signal
 import sys
 import time
@@ -65,15 +64,14 @@ def check(condition, message):
 
 def draw_digits(root, train=400, val=100, side=64):
     """root/{train,val}/{0..9}/*.png: a digit of random position, size, rotation and color on darker blocks."""
-    part, rng = root.with_suffix(".part"), random.Random(0)
+    part, rng = root.with_suffix(".part"), np.random.default_rng(0)
     for folder, n in [(part / split / str(i), n) for split, n in (("train", train), ("val", val)) for i in range(10)]:
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            blocks = Image.frombytes("RGB", (12, 12), bytes(value // 3 for value in rng.randbytes(432)))
-            image, mask = blocks.resize((side, side), Image.NEAREST), Image.new("L", (side, side))
-            font = ImageFont.load_default(side * rng.uniform(0.7, 1))
-            ImageDraw.Draw(mask).text([side * rng.uniform(0.3, 0.7) for _ in "xy"], folder.name, 255, font, anchor="mm")
-            image.paste(tuple(rng.randrange(128, 256) for _ in "rgb"), mask=mask.rotate(rng.uniform(-15, 15)))
+            image = Image.fromarray(rng.integers(0, 86, (12, 12, 3), np.uint8)).resize((side, side), Image.NEAREST)
+            center, font = side * rng.uniform(0.3, 0.7, 2), ImageFont.load_default(side * rng.uniform(0.7, 1))
+            ImageDraw.Draw(mask := Image.new("L", image.size)).text(center, folder.name, 255, font, anchor="mm")
+            image.paste(tuple(rng.integers(128, 256, 3).tolist()), mask=mask.rotate(rng.uniform(-15, 15)))
             image.save(folder / f"{i:03}.png")
     part.rename(root)                                               # the folder appears only when it is complete
 
@@ -95,7 +93,6 @@ class ImageFolder(Dataset):
     image (size, size, 3), mask (1, size, size) with 0 where erased (or one 1), label, error if replaced, or ""."""
 
     def __init__(self, root, args, train):
-        # Unlike DeiT's: no invert, solarize-add, magnitude noise or interpolation; a milder posterize.
         operation = v2.RandAugment(1, 9, num_magnitude_bins=11, fill=(124, 116, 104))
         augment = [self.random_crop, *args.randaugment * [v2.RandomApply([operation], p=0.5)]]
         center_crop = [v2.Resize(round(args.size * 256 / 224), Image.BICUBIC), v2.CenterCrop(args.size)]
@@ -106,7 +103,7 @@ class ImageFolder(Dataset):
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)
                         if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
-        check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} must hold images in folders")
+        check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} has no class folders, or empty ones")
 
     def random_crop(self, image):
         """v2.RandomResizedCrop and RandomHorizontalFlip in plain Pillow, which is faster for small images."""
@@ -117,15 +114,16 @@ class ImageFolder(Dataset):
     def __getitem__(self, key):
         index, seed = key
         torch.default_generator.manual_seed(seed)                   # same augmentation, whichever process loads it
-        mask, error = self.erase(self.mask), ""
-        for _ in range(100):
-            path, label = self.samples[index]
+        mask, errors = self.erase(self.mask), []
+        for i in [index, *torch.randint(len(self.samples), (99,)).tolist()]:
+            path, label = self.samples[i]
             try:
-                return self.transform(read_image(path, self.args.size)), mask, label, error
+                image = read_image(path, self.args.size)
             except Exception as reason:                             # Pillow's decoders raise almost anything
-                error = error or f"{path} ({reason})"
-            index = int(torch.randint(len(self.samples), ()))
-        raise OSError(f"cannot read {error}, nor 99 other images")
+                errors.append(f"{path} ({reason})")
+            else:
+                return self.transform(image), mask, label, "".join(errors[:1])
+        raise OSError(f"cannot read {errors[0]}, nor 99 other images")
 
 
 def training_batches(n, args, first, last):
@@ -184,7 +182,7 @@ def load_checkpoint(path):
         settings = {k: type(SETTINGS[k])(v) for k, v in checkpoint.get("settings", {}).items() if k in SETTINGS}
         return checkpoint | {"model": weights, "config": config, "settings": settings}
     except Exception as error:
-        check(False, f"cannot load {path}: {str(error)[:300]!r}")
+        check(False, f"cannot load {path}: {type(error).__name__} {str(error)[:300]!r}")
 
 
 @torch.no_grad()
@@ -214,14 +212,14 @@ def main():
     setup_distributed()
     output = args.output or pathlib.Path("runs", args.model or "tiny")
     last_pt = output / "last.pt"
-    check(not args.resume or last_pt.exists(), f"--resume needs {last_pt}, which does not exist")
-    check(not args.resume or not (args.init or args.eval), "--resume takes neither --init nor --eval")
+    check(not args.resume or last_pt.exists() and not (args.init or args.eval),
+          f"--resume needs {last_pt}, and takes neither --init nor --eval")
     if RANK == 0 and not args.eval:
         try:
             output.mkdir(parents=True, exist_ok=True)
             fcntl.lockf(lock := open(output / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not hold it
         except OSError as error:
-            check(False, f"cannot write to {output}, or another process is writing to it: {error.strerror}")
+            check(False, f"cannot lock {output}, which another process may be writing to: {error.strerror}")
         if not (args.data or last_pt.exists() or (output / "digits").exists()):
             draw_digits(output / "digits")
     gather(None)                                                    # the other ranks wait for the lock and the digits
@@ -235,8 +233,10 @@ def main():
     check(name == saved.get("model", name), f"{start} was not trained with --model {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
     args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))
-    check(min(args.size, args.epochs, args.batch_size, args.accum, args.save_every) > 0 <= args.workers,
-          "--size, --epochs, --batch-size, --accum and --save-every must be at least 1, --workers at least 0")
+    for key in (*PAPER, "workers", "save_every"):
+        low = key in ("size", "epochs", "batch_size", "accum", "aug_repeats", "save_every")         # 0 or 1
+        high = 1 if key in ("label_smoothing", "reprob", "min_scale") else 1e18
+        check(low <= (value := getattr(args, key)) <= high, f"{key} must be from {low:d} to {high}, got {value}")
     check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix need an even --batch-size")
 
     data = pathlib.Path(args.data or output / "digits")
@@ -246,10 +246,10 @@ def main():
     steps = n // batch                                              # an epoch is `steps` steps of `batch` images
     check(classes == val_set.classes, f"{data} has different classes in train and val")
     check(steps or args.eval, f"a step takes {batch} images, but there are {n}: lower --batch-size or --accum")
-    args.extent = [n, batch]
-    settings = {name: "" if (value := getattr(args, name)) is None else value for name in SETTINGS}
-    check(not going_on or settings == saved or args.resume and args.extent == saved.get("extent"),
-          f"{output} holds a run with other {'images or steps' if args.resume else 'settings (--resume changes them)'}")
+    settings = {k: "" if (v := getattr(args, k, None)) is None else v for k in SETTINGS} | {"extent": [n, batch]}
+    changed = [key for key in settings if going_on and settings[key] != saved.get(key)]
+    check("extent" not in changed, f"{output} holds a run with other images, or more or fewer of them per step")
+    check(args.resume or not changed, f"{output} holds a run with other {', '.join(changed)} (--resume changes them)")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, **loading)
@@ -276,7 +276,7 @@ def main():
                 optimizer.state[p] = {"step": torch.tensor(float(step), device=DEVICE)} | {
                     key: torch.zeros_like(p).copy_(moments[key].view_as(p)) for key in ("exp_avg", "exp_avg_sq")}
     except Exception as error:
-        check(False, f"cannot build the model of {start}: {str(error)[:300]}")
+        check(False, f"cannot build the model of {start or name}: {type(error).__name__}: {str(error)[:300]}")
     if args.eval:
         return print("top-1 {:.2f} %  top-5 {:.2f} %".format(*evaluate(model, val_loader, args.bf16)))
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
@@ -313,7 +313,7 @@ def main():
                     part = F.cross_entropy(net(images), targets, label_smoothing=args.label_smoothing) / args.accum
                 part.backward()
                 loss += part.detach()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf, error_if_nonfinite=True)
             groups[0]["lr"] = groups[1]["lr"] = learning_rate(step, last, warmup, peak)
             optimizer.step()
             optimizer.zero_grad()

@@ -362,9 +362,9 @@ def test_a_folder_with_another_run_is_refused_and_resume_changes_its_settings(fi
     args, resume = [*args, "--output", tmp_path / "out"], ["--resume", "--output", tmp_path / "out"]
     succeed(call(*args))                                                       # the same run, already finished
     for more in (["--lr", 0.1], ["--seed", 1], ["--epochs", 4]):
-        assert "holds a run with other settings" in fail(call(*args, *more))
+        assert f"holds a run with other {more[0][2:]} (--resume" in fail(call(*args, *more))
     assert "was not trained with --model s" in fail(call(*args, "--model", "s"))
-    assert "other images or steps" in fail(call(*resume, "--batch-size", 16))
+    assert "other images, or more or fewer of them per step" in fail(call(*resume, "--batch-size", 16))
     for more in (["--eval"], ["--init", output / "best.pt"]):
         assert "neither --init nor --eval" in fail(call(*resume, *more))
     assert (tmp_path / "out" / "last.pt").read_bytes() == (output / "last.pt").read_bytes()
@@ -395,7 +395,7 @@ def test_a_folder_that_another_process_is_writing_to_is_refused(data, call, tmp_
     result = call("--data", data, "--output", tmp_path, *QUICK)
     os.write(done[1], b"x")
     os.wait()
-    assert "another process is writing to" in fail(result)
+    assert "another process may be writing to" in fail(result)
 
 
 def test_gradient_accumulation_equals_one_large_batch(data, call, tmp_path):
@@ -525,7 +525,7 @@ def moment(change, key="exp_avg"):
     (lambda last: last.update(step=4), "is corrupt"),
     (lambda last: last.update(step=12.0), "is corrupt"),
     (lambda last: last["log"][0].update(top1=torch.ones(2)), "cannot build"),
-    (lambda last: last["settings"].update(extent=[64, 8]), "other settings"),
+    (lambda last: last["settings"].update(extent=[64, 8]), "other images"),
     (lambda last: last.update(log=Trap()), "cannot load"),
 ])
 def test_a_corrupt_last_pt_gives_a_one_line_error(change, message, finished, call, tmp_path, monkeypatch):
@@ -590,22 +590,46 @@ def test_an_unreadable_validation_image_ends_the_run_without_losing_the_epoch(fa
     succeed(call(*args))
     assert log_of(tmp_path / "out", "epoch") == [1]
     (tmp_path / "data" / "val" / "cat").mkdir()
-    assert "val must hold images" in fail(call(*args))
+    assert "val has no class folders, or empty ones" in fail(call(*args))
     shutil.copy(file, tmp_path / "data" / "val" / "cat")
     assert "different classes in train and val" in fail(call(*args))
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--resume", "--output", "x"], "last.pt, which does not exist"),
+    (["--resume", "--output", "x"], "--resume needs x/last.pt"),
     (["--eval", "--output", "x"], "cannot load x/best.pt"),
     (["--init", PROGRAM, "--data", "x"], "cannot load"),
-    (["--data", "nowhere"], "nowhere/val must hold images in folders"),
-    (["--data", "DATA", "--output", PROGRAM], "cannot write to"),
+    (["--data", "nowhere"], "nowhere/val has no class folders"),
+    (["--data", "DATA", "--output", PROGRAM], "cannot lock"),
+    (["--data", "DATA", "--batch-size", 8, "--drop-path-rate", 1],
+     "cannot build the model of tiny: ValueError: drop_path_rate must be in [0, 1), got 1.0"),
     (["--data", "DATA", "--batch-size", 64], "a step takes 64 images, but there are 32: lower --batch-size"),
 ])
 def test_user_errors_give_one_line(args, message, call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fail(call(*[data if arg == "DATA" else arg for arg in args]))
+
+
+@pytest.mark.parametrize("name", train.PAPER)
+def test_settings_out_of_range_give_one_line(name, call, data, tmp_path):
+    kind, flag = type(train.PAPER[name]), "--" + name.replace("_", "-")
+    wrong = [-1] if name in ("warmup_epochs", "randaugment", "lr", "seed") else [-1, kind(2)] if name in (
+        "label_smoothing", "reprob", "min_scale") else [-1, 0] if kind is int else [-1]
+    for value in wrong + [10 ** 30 if kind is int else "nan"] + ["inf"] * (kind is float):
+        assert f"{name} must be from" in fail(call("--data", data, "--output", tmp_path, flag, value))
+
+
+def test_a_clip_grad_of_0_does_not_clip(data, call, tmp_path):
+    args = ["--data", data, *QUICK, "--epochs", 1, "--clip-grad"]
+    for clip in (0, 1e9, 1e-9):
+        succeed(call(*args, clip, "--output", tmp_path / str(clip)))
+    assert_same_end(tmp_path / "0", tmp_path / "1000000000.0")
+    assert log_of(tmp_path / "0", "loss") != log_of(tmp_path / "1e-09", "loss")
+
+
+def test_an_error_in_a_transform_is_not_taken_for_an_unreadable_image(data):
+    with pytest.raises(ZeroDivisionError), mock.patch.object(train.ImageFolder, "random_crop", lambda *_: 1 / 0):
+        image_folder(data / "train")[0, 0]
 
 
 def test_the_digits_are_reproducible_and_too_varied_for_a_linear_classifier(tmp_path):
@@ -636,6 +660,6 @@ def test_the_bare_command_draws_the_digits_once_and_resumes_its_run(call, tmp_pa
 
 
 def test_an_uncaught_error_ends_the_process_although_data_loading_workers_ignore_signals(data, tmp_path):
-    command = [sys.executable, PROGRAM, "--data", data, "--output", tmp_path, *QUICK, "--workers", 1, "--lr", "nan"]
+    command = [sys.executable, PROGRAM, "--data", data, "--output", tmp_path, *QUICK, "--workers", 1, "--lr", 1e12]
     process = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=300)
     assert process.returncode == 1 and "non-finite" in process.stderr
