@@ -4,6 +4,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -35,7 +36,13 @@ def run(call):
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run(code, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)                                # for docs/
-    monkeypatch.chdir(tmp_path)                                      # for the files they write
+    monkeypatch.chdir(tmp_path)                                      # for the files they write, and those they read:
+    if "runs/tiny/best.pt" in code:
+        shutil.copy(ROOT / "docs" / "cat.jpg", "photo.jpg")
+        (tmp_path / "runs" / "tiny").mkdir(parents=True)
+        model = scalablevit.scalablevit_tiny(num_classes=2)
+        torch.save({"model": model.state_dict(), "config": model.config, "classes": ["cat", "dog"],
+                    "settings": {"size": 112}}, "runs/tiny/best.pt")
     run(lambda: exec(compile(code, "README.md", "exec"), {}))
 
 
