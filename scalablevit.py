@@ -73,9 +73,10 @@ class SSA(nn.Module):
     lost by merging tokens into cells; L is wide already, with r_c < 1 in its first two stages.
 
     f_k and f_v share one reduction: a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
-    LayerNorm, GELU.  Each then has its own linear layer.  (The paper prints f_v(V); its text and code use X.)  Zeros
-    on the right and bottom complete the last cells.  As in the published code, r_n = 1 means no reduction and C' = C;
-    r_c then only affects the scale in (2).
+    LayerNorm, GELU.  Each then has its own linear layer.  (These are the published code's layers; the paper says only
+    "convolutions" and "linear projections".  It prints f_v(V) in (3), but means X.)  Zeros on the right and bottom
+    complete the last cells.  As in the published code, r_n = 1 means no reduction and C' = C; r_c then only affects
+    the scale in (2).
 
     Cost of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
     ratio r_n of Table 1 it is r_n N² (C + C'): quadratic with a small constant.
