@@ -29,11 +29,12 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
+import ablation  # noqa: E402
 import dense  # noqa: E402
 import segmentation  # noqa: E402
 from scalablevit import (  # noqa: E402
-    ATTENTION, SSA, Block, ScalableViT, convert_official, init_weights, official_kwargs, scalablevit_s,
-    scalablevit_tiny)
+    ATTENTION, SSA, Block, PatchEmbed, ScalableViT, attention, convert_official, init_weights, official_kwargs,
+    scalablevit_s, scalablevit_tiny)
 
 DOCS = pathlib.Path(__file__).parent
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -162,6 +163,78 @@ def field(side=28, dim=16):
     for axis, blocks in zip(axes[:, 0], ("1 block", "2 blocks", "4 blocks")):
         axis.set_ylabel(f"after {blocks}")
     figure.suptitle("What one token (red) depends on: white not at all, pale weakly, dark strongly")
+    return without_ticks(figure)
+
+
+# ---------------------------------------------------------------------------- attention maps of SSA
+@torch.no_grad()
+def ssa_matrices(net, images, stage):
+    """Q', K' and V' of the first SSA block of a stage: (B, N or N_rn, channels) each."""
+    attn, seen = net.stages[stage].blocks[1].attn, {}
+    hooks = [getattr(attn, name).register_forward_hook(
+        lambda layer, x, y, name=name: seen.update({name: y.flatten(1, -2)})) for name in "qkv"]
+    net.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    return [seen[name] for name in "qkv"]
+
+
+def attention_matrix(net, images, stage=0):
+    """Softmax(Q' K'^T / sqrt(d_k')) of (2), mean over the heads: (B, N, N_rn)."""
+    q, k, _ = ssa_matrices(net, images, stage)
+    attn = net.stages[stage].blocks[1].attn
+    q, k = (matrix.unflatten(2, (attn.heads, -1)).transpose(1, 2) for matrix in (q, k))
+    return attention(q, k, torch.eye(k.shape[2]).to(q), attn.scale).mean(1)         # V' = 1: the matrix itself
+
+
+def learn_boards(rn, rc, updates=600):
+    """Train one IWSA and one SSA block on ablation.py's global task.
+
+    -> the network, and the percentage of right answers on each batch of new boards: (updates,)
+    """
+    torch.manual_seed(0)
+    net = ScalableViT(**ablation.NET | dict(in_chans=36, rn=(rn,), rc=(rc,)))
+    net.stages[0].embed = PatchEmbed(36, 32, kernel_size=1, stride=1)           # a cell is a token
+    head, right, boards_of = torch.nn.Conv2d(32, ablation.HUES, 1), [], torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=3e-3)
+    for _ in range(updates):
+        boards, hues = ablation.draw_global(32, boards_of)                      # (32, 36, 8, 8)
+        hues, logits = hues.squeeze(1), head(net.forward_features(boards)[0])   # (32, 8, 8), (32, 4, 8, 8)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, hues, ignore_index=-1).backward()               # -1: an item
+        torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 1.0)
+        optimizer.step()
+        right.append(100 * (logits.argmax(1) == hues)[hues >= 0].float().mean())
+    return net, torch.stack(right)
+
+
+def answers(boards):
+    """(B, N, N): whether cell n asks for the item in cell m."""
+    code, question = boards[:, :16].flatten(2), boards[:, 20:].flatten(2)       # (B, 16, N) each
+    return question.transpose(1, 2) @ code == 16                                # all 16 bits agree
+
+
+def share_on_the_answer(net, boards):
+    """How much attention, from 0 to 1, a question pays to the key of the cell with its answer; mean over questions."""
+    A, answer = attention_matrix(net, boards), answers(boards)                  # (B, N, N_rn), (B, N, N)
+    cells = answer.float().view(-1, 1, 8, 8)                                    # a map of each question's answer
+    right = F.avg_pool2d(cells, net.stages[0].blocks[1].attn.s).flatten(1).view_as(A) > 0         # the answer's key
+    return (A * right).sum(-1)[answer.any(-1)].mean().item()
+
+
+def looks(networks):
+    """What questions (red crosses) attend to, and the items they ask for (orange circles): a column per network."""
+    boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0]      # (64, 36, 8, 8)
+    answer = answers(boards)
+    board, asks = answer.any(-1).nonzero()[::41][[2, 9, 20]].T                  # three questions on three boards
+    figure, axes = plt.subplots(3, len(networks), figsize=(8, 8.6))
+    for column, (name, net) in zip(axes.T, networks.items()):
+        for axis, b, n in zip(column, board, asks):
+            A, m = attention_matrix(net, boards)[b, n], answer[b, n].int().argmax()               # (N_rn,)
+            axis.imshow(A.view(-1, round(len(A) ** 0.5)).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=0.7, cmap="Blues")
+            axis.plot(n % 8 + 0.5, n // 8 + 0.5, "r+", markersize=10)
+            axis.plot(m % 8 + 0.5, m // 8 + 0.5, "o", color="orange", fillstyle="none", markersize=10)
+        column[0].set_title(name)
     return without_ticks(figure)
 
 

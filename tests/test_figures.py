@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 
+import helpers
 import network
 import scalablevit
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
@@ -53,6 +54,46 @@ def test_every_picture_is_drawn(figures, tmp_path):
     for name, figure in pictures.items():
         figures.save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").exists()
+
+
+@given(st.integers(0, 1000), st.sampled_from([1 / 4, 1 / 16]))
+def test_the_answer_to_a_question_is_found_and_its_share_of_the_attention(seed, rn):
+    """Against a loop over cells: codes are compared bit by bit, and the labels of the board are the answers' hues."""
+    pytest.importorskip("matplotlib")
+    import ablation
+    import figures
+    boards, hues = ablation.draw_global(2, torch.Generator().manual_seed(seed))
+    net, _ = figures.learn_boards(rn, 2.0, updates=1)
+    net, found, s = helpers.randomised(net), figures.answers(boards), round(rn ** -0.5)
+    A = figures.attention_matrix(net, boards.double())
+    torch.testing.assert_close(A.sum(-1), torch.ones(2, 64).double())
+    shares = []
+    for b in range(2):
+        for n in range(64):
+            asked = boards[b, 20:, n // 8, n % 8]
+            items = [m for m in range(64) if asked.any() and torch.equal(boards[b, :16, m // 8, m % 8], asked)]
+            assert found[b, n].nonzero().flatten().tolist() == items and bool(items) == (hues[b, 0, n // 8, n % 8] >= 0)
+            if items:
+                assert int(hues[b, 0, n // 8, n % 8]) in {int(boards[b, 16:20, m // 8, m % 8].argmax()) for m in items}
+                keys = {m // 8 // s * (8 // s) + m % 8 // s for m in items}
+                shares.append(sum(A[b, n, key].item() for key in keys))
+    assert figures.share_on_the_answer(net, boards.double()) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_attention_maps_are_those_of_the_network(figures):
+    """Multiplied by V' they are what SSA passes to its projection."""
+    net = helpers.randomised(scalablevit.ScalableViT(**figures.ablation.NET | {"in_chans": 3, "heads": (1,)}))
+    images = torch.randn(1, 3, 32, 32).double()
+    seen, attn = [], net.stages[0].blocks[1].attn
+    attn.proj.register_forward_hook(lambda layer, x, y: seen.append(x[0].flatten(1, 2)))
+    z = figures.attention_matrix(net, images) @ figures.ssa_matrices(net, images, 0)[2]
+    torch.testing.assert_close(z, seen[0].detach())
+
+
+def test_networks_learn_from_boards_and_are_drawn(figures):
+    net, right = figures.learn_boards(1 / 4, 1.0, updates=2)
+    assert right.shape == (2,) and (right >= 0).all() and (right <= 100).all()
+    assert len(figures.looks({"a": net, "b": net}).axes) == 6
 
 
 @pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
