@@ -158,7 +158,7 @@ class WSA(nn.Module):
 class SWSA(WSA):
     """WSA with windows shifted by half a window, as in Swin (Table 5(a)).
 
-    Padding the top and left shifts the grid of windows; an axis that fits in one window is not shifted.
+    Padding the top and left shifts the grid (Swin rolls the map instead).  An axis that fits in one window stays.
     """
 
     def forward(self, x):
@@ -206,7 +206,7 @@ class IWSA(WSA):
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position Encoding Generator (Section 3.4): x + DWConv(x).  The zero padding reveals absolute positions."""
+    """Position Encoding Generator (Section 3.4): x + DWConv(x).  Its zero padding, like LIM's, reveals positions."""
 
     def __init__(self, dim):
         super().__init__()

@@ -114,16 +114,16 @@ class ImageFolder(Dataset):
     def __getitem__(self, key):
         index, seed = key
         torch.default_generator.manual_seed(seed)                   # same augmentation, whichever process loads it
-        mask, errors = self.erase(self.mask), []
-        for i in [index, *torch.randint(len(self.samples), (99,)).tolist()]:
-            path, label = self.samples[i]
+        mask, error = self.erase(self.mask), ""
+        for _ in range(100):
+            path, label = self.samples[index]
             try:
                 image = read_image(path, self.args.size)
             except Exception as reason:                             # Pillow's decoders raise almost anything
-                errors.append(f"{path} ({reason})")
+                error, index = error or f"{path} ({reason})", int(torch.randint(len(self.samples), ()))
             else:
-                return self.transform(image), mask, label, "".join(errors[:1])
-        raise OSError(f"cannot read {errors[0]}, nor 99 other images")
+                return self.transform(image), mask, label, error
+        raise OSError(f"cannot read {error}, nor 99 other images")
 
 
 def training_batches(n, args, first, last):
