@@ -130,11 +130,11 @@ def training_batches(n, args, first, last):
     """Yield this process's batches of keys (index, seed).  An epoch takes n / aug_repeats of n shuffled images,
     aug_repeats times each.  Keys are dealt out in turn: `mix` pairs the same images for any number of processes."""
     for step in range(first, last):
-        epoch, i = divmod(step, n // (WORLD_SIZE * args.accum * args.batch_size))
+        epoch, i = divmod(step, n // (batch := WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
         for a in range(args.accum):
-            places = [((i * args.batch_size + j) * args.accum + a) * WORLD_SIZE + RANK for j in range(args.batch_size)]
+            places = range(i * batch, (i + 1) * batch)[a * WORLD_SIZE + RANK::args.accum * WORLD_SIZE]
             yield [(int(order[p // args.aug_repeats]), hash((args.seed, epoch, p))) for p in places]
 
 
@@ -288,7 +288,7 @@ def main():
     batches = iter(DataLoader(train_set, batch_sampler=training_batches(n, args, step, last), **loading))
     print(f"{output}: {n} images, {len(classes)} classes, {batch} images per step, step {step} of {last} is done")
     while not stopped and (step < last or step // steps > len(log)):
-        if step // steps > len(log):                                # an epoch is complete and saved in last.pt
+        if step // steps > len(log):                                # an epoch is trained and saved, but not evaluated
             top1, top5 = evaluate(model, val_loader, args.bf16)
             log.append({"epoch": len(log) + 1, "loss": loss_sum / steps, "top1": top1, "top5": top5,
                         "lr": learning_rate(step - 1, last, warmup, peak), "unreadable": len(unreadable)})
