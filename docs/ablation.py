@@ -9,7 +9,7 @@ code: after a change to a row or to scalablevit.py, take another file.
 
 A board has 8 x 8 cells.  A cell is one token: the patch embedding is 1x1 here, so that it joins no windows.
 
-    local   cells are black or white; each names the colours of the 12 cells within two steps
+    local   cells are black or white; each names the colors of the 12 cells within two steps
     global  a quarter of the cells are items, with a code of 16 bits and one of four hues; each other cell asks with
             the code of one of them, wherever it is, and answers with its hue; every item has a twin, one bit away
 
@@ -59,11 +59,11 @@ CLAIMS = [  # the paper has the first above the second
 
 
 def draw_local(n, generator):
-    """n boards (n, 1, 8, 8) of -1 and 1, and the colours around each cell (n, 12, 8, 8): 0, 1, or -1 off the board."""
-    colour = torch.randint(2, (n, 8, 8), generator=generator)
-    around = F.pad(colour, (2, 2, 2, 2), value=-1)                                      # (n, 12, 12)
+    """n boards (n, 1, 8, 8) of -1 and 1, and the colors around each cell (n, 12, 8, 8): 0, 1, or -1 off the board."""
+    color = torch.randint(2, (n, 8, 8), generator=generator)
+    around = F.pad(color, (2, 2, 2, 2), value=-1)                                       # (n, 12, 12)
     labels = torch.stack([around[:, 2 + y:10 + y, 2 + x:10 + x] for y, x in NEAR], dim=1)
-    return 2.0 * colour[:, None] - 1, labels
+    return 2.0 * color[:, None] - 1, labels
 
 
 def draw_global(n, generator):

@@ -48,7 +48,7 @@ def test_the_paper_claims_what_is_claimed():
 
 # ------------------------------------------------------------------------------------------------ tasks
 @given(st.integers(0, 10 ** 6))
-def test_a_cell_names_the_colours_within_two_steps(seed):
+def test_a_cell_names_the_colors_within_two_steps(seed):
     boards, labels = ablation.draw_local(1, torch.Generator().manual_seed(seed))
     board, labels = boards[0, 0].tolist(), labels[0].tolist()
     assert len({*ablation.NEAR}) == 12 and all(abs(down) + abs(right) in (1, 2) for down, right in ablation.NEAR)
