@@ -1,17 +1,17 @@
 """Tables 5(a), 5(b) and 7 of the paper in miniature: the same rows, on two tasks that one core can train on.
 
-    python docs/ablation.py                                   the tables at once: docs/ablation.jsonl has these runs
-    python docs/ablation.py --results mine.jsonl              12 networks x 2 tasks x 5 seeds anew; 40 s each
+    python docs/ablation.py                                   print the tables from the runs in docs/ablation.jsonl
+    python docs/ablation.py --results mine.jsonl              train again: 12 networks x 2 tasks x 5 seeds, 40 s each
     python docs/ablation.py --plot ablation.png               learning curves; needs matplotlib
 
-Every finished run is in the results file at once: a stopped program goes on where it was.  The file does not know the
-code: after a change to a row or to scalablevit.py, take another file.
+Each run is written to the results file when it finishes, so a stopped program resumes with the next run.  Use a new
+file after a change to a row or to scalablevit.py, which the program does not notice.
 
-A board has 8 x 8 cells.  A cell is one token: the patch embedding is 1x1 here, so that it joins no windows.
+A board has 8 x 8 cells.  A cell is one token: the patch embedding is 1x1 here, so it does not mix cells.
 
     local   cells are black or white; each names the colors of the 12 cells within two steps
-    global  a quarter of the cells are items, with a code of 16 bits and one of four hues; each other cell asks with
-            the code of one of them, wherever it is, and answers with its hue; every item has a twin, one bit away
+    global  a quarter of the cells are items, with a code of 16 bits and one of four hues; each of the other cells is
+            given the code of one item on the board and names its hue; every item has a twin, one bit away
 
 The network has one pair of blocks and windows of 2 x 2 tokens.  What was expected of each row, and why: ablation.md.
 """
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # the file beside, not an installed copy
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
 from scalablevit import PatchEmbed, ScalableViT  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
@@ -67,10 +67,10 @@ def draw_local(n, generator):
 
 
 def draw_global(n, generator):
-    """n boards (n, 36, 8, 8) and the hue that each cell asks for (n, 1, 8, 8); an item asks for none: -1.
+    """n boards (n, 36, 8, 8) and the hue that each cell asks for (n, 1, 8, 8), -1 for items, which ask for none.
 
     Channels: an item's code (16 of -1 and 1), its hue (4, one-hot), the code that another cell asks with (16).
-    One item in each square of 2 x 2 cells, so that a key of SSA, which sums up a square, has one to tell of.
+    There is one item in each square of 2 x 2 cells, so each key of SSA, which summarizes a square, has one to describe.
     """
     code = 2.0 * torch.randint(2, (n, ITEMS // 2, BITS), generator=generator) - 1
     bit = F.one_hot(torch.randint(BITS, (n, ITEMS // 2), generator=generator), BITS)
@@ -89,7 +89,7 @@ TASKS = {"local": (draw_local, 2, len(NEAR)), "global": (draw_global, HUES, 1)} 
 
 
 def train(row, task, seed):
-    """Train until the validation figure no longer rises, then let the learning rate fall to 0; -> dict of figures."""
+    """Train until validation accuracy stops rising, then decay the learning rate to 0; -> dict of results."""
     began = time.time()
     draw, answers, questions = TASKS[task]
     generator = torch.Generator().manual_seed(seed)                                     # the same boards for every row
@@ -134,30 +134,30 @@ def train(row, task, seed):
 
 
 def stopped(curve):
-    """At the ceiling, at the cap, or without a rise over the last `patience` updates."""
+    """Whether to stop: at the ceiling, at the cap, or without a rise over the last `patience` updates."""
     recent = SETTING["patience"] // SETTING["every"]
     flat = len(curve) > recent and max(curve[-recent:]) < max(curve[:-recent]) + SETTING["rise"]
     return flat or len(curve) * SETTING["every"] >= SETTING["cap"] or bool(curve) and curve[-1] >= SETTING["ceiling"]
 
 
 def continued(curve):
-    """The curve up to the cap, where a run that has stopped keeps its last figure; its mean is the normalised area."""
+    """The curve up to the cap, where a run that has stopped keeps its last value; its mean is the normalized area."""
     return curve + curve[-1:] * (SETTING["cap"] // SETTING["every"] - len(curve))
 
 
 def setting():
-    """What all rows share, as it stands in the results file: runs under another setting are kept apart."""
+    """The settings that all rows share, as in the results file.  Runs with other settings are ignored."""
     return json.loads(json.dumps({**SETTING, **NET}))
 
 
 def finished():
-    """{(row, task, seed): figures} of the runs under this setting."""
+    """{(row, task, seed): results} of the runs with these settings."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     return {(run["row"], run["task"], run["seed"]): run for run in lines if run["setting"] == setting()}
 
 
 def run(row, task, seed):
-    """Train and add a line to the results file, which is replaced as a whole."""
+    """Train and add a line to the results file, which is replaced atomically."""
     result = {"row": row, "task": task, "seed": seed, **train(row, task, seed), "setting": setting()}
     part = RESULTS.with_suffix(".part")
     part.write_text((RESULTS.read_text() if RESULTS.exists() else "") + json.dumps(result) + "\n")
@@ -167,14 +167,14 @@ def run(row, task, seed):
 
 
 def figures(row, task, key):
-    """{seed: figure} of a row's finished runs."""
+    """{seed: result} of a row's finished runs."""
     return {seed: run[key] for (r, t, seed), run in finished().items() if (r, t) == (row, task)}
 
 
 def table():
     """Markdown: mean and standard deviation over the seeds, then the paper's mIoU on ADE20K and Top-1 on ImageNet.
 
-    final figure; median of the updates to 95 % and how many runs came there; normalised area under the curve.
+    Per task: final accuracy; median number of updates to 95 % (how many runs got there); area under the curve.
     """
     lines = ["| | " + " | ".join(f"{task}, % | to 95 % | area, %" for task in TASKS)
              + " | seeds | mIoU | Top-1 |", "|---" * (3 * len(TASKS) + 4) + "|"]
@@ -192,7 +192,7 @@ def table():
 
 
 def interval(values, resamples=10_000):
-    """95 % bootstrap interval of the mean: the middle of the means of values drawn again with replacement."""
+    """95 % bootstrap interval of the mean: the middle 95 % of the means of values resampled with replacement."""
     rng = random.Random(0)
     means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(resamples))
     return means[resamples // 40], means[-resamples // 40 - 1]
@@ -210,7 +210,7 @@ def difference(first, second, task):
 
 
 def differences():
-    """Markdown: what the paper's tables claim, on each task in points with 95 % intervals, then as the paper has it."""
+    """Markdown: the differences that the paper's tables claim, on each task with intervals, then in the paper."""
     lines = ["| | " + " | ".join(TASKS) + " | mIoU | Top-1 |", "|---" * (len(TASKS) + 3) + "|"]
     for first, second in CLAIMS:
         cells = [f"{first} − {second}"]
@@ -224,7 +224,7 @@ def differences():
 
 
 def curves(file, rows=("WSA", "IWSA", "SSA, r_c = 1", "SSA", "neither", "LEM", "PEG and LEM", "PEG and LIM")):
-    """Draw validation figure against updates, the mean over the seeds; a run that has stopped stays where it was."""
+    """Plot validation accuracy against updates, mean over the seeds; a run that has stopped keeps its last value."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 4), sharey=True)
     for axis, task in zip(axes, TASKS):
@@ -248,8 +248,8 @@ def main():
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
     RESULTS = args.results
-    torch.set_num_threads(1)                                                            # so small, more do not help
-    for seed in range(args.seeds):                                                      # a whole table, then the next
+    torch.set_num_threads(1)                                                            # more do not help: too small
+    for seed in range(args.seeds):                                                      # all rows with one seed first
         for task in TASKS:
             for row in ROWS:
                 if (row, task, seed) not in finished():

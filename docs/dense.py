@@ -110,7 +110,8 @@ def pretrained(name, file=None):
     """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py."""
     config, weights = {}, None
     if file:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):         # some published files contain one
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         config, weights = checkpoint.get("config", {}), checkpoint.get("model", checkpoint)
         if "patch_embeds.0.proj.weight" in weights:
             config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)

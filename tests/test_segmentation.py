@@ -1,4 +1,5 @@
 """docs/segmentation.py: any backbone, synthetic shapes, an ADE20K folder, multi-scale testing."""
+import argparse
 import itertools
 import pathlib
 import sys
@@ -144,7 +145,7 @@ def test_a_backbone_loads_the_weights_of_a_file(tmp_path, monkeypatch):
                  for name, w in weights.items()}
     monkeypatch.setattr(dense.scalablevit, "convert_official",
                         lambda found: weights if found.keys() == published.keys() else {})
-    for checkpoint in (weights, {"model": weights, "settings": {}}, {"model": published}):
+    for checkpoint in (weights, {"model": weights, "settings": {}}, {"model": published, "args": argparse.Namespace()}):
         torch.save(checkpoint, tmp_path / "weights.pt")
         backbone = dense.pretrained("tiny", tmp_path / "weights.pt")
         assert backbone.state_dict().keys() == weights.keys() - {"head.weight", "head.bias"}
