@@ -61,7 +61,7 @@ def attention(q, k, v, scale, mask=None):
 
 
 class SSA(nn.Module):
-    """Scalable Self-Attention (Section 3.2): every token attends to a copy of the map scaled by r_n and r_c.
+    """Scalable Self-Attention (Section 3.2): all tokens attend to N r_n cells of the map, compared in C r_c channels.
 
     Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
@@ -78,7 +78,7 @@ class SSA(nn.Module):
     complete the last cells.  As in the published code, r_n = 1 means no reduction and C' = C; r_c then only affects
     the scale in (2).
 
-    Cost of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
+    MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
     ratio r_n of Table 1 it is r_n N² (C + C'): quadratic with a small constant.
     """
 
@@ -132,7 +132,7 @@ class WSA(nn.Module):
     Z_n = Softmax(Q_n K_n^T / sqrt(d_k)) V_n                                                (4)
 
     Padding is masked, so a window cut off by the map's border attends over its real tokens only.
-    Cost of (4): 2 M² N C, linear in N.  Each of the three classes below changes one thing.
+    MACs of (4): 2 M² N C, linear in N.  Each of the three classes below changes one thing.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -145,11 +145,11 @@ class WSA(nn.Module):
         return self.proj(self.attend(self.qkv(x)))
 
     def attend(self, qkv, top=0, left=0):
-        """qkv (B, H, W, 3C) -> the merged Z_n of (4), (B, H, W, C).  The first top rows, left columns are padding."""
+        """qkv (B, H, W, 3C) -> merged Z_n of (4), (B, H, W, C).  The first `top` rows, `left` columns are padding."""
         B, H, W, _ = qkv.shape
-        M = min(self.window, max(H, W))                             # no larger than the map
+        M = min(self.window, max(H, W))                             # at most the longer side
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
-        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))    # 1 for tokens, 0 for padding
+        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))  # 1 at tokens, 0 at padding; C = 1
         mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                    # (B·windows, 1, 1, M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
         return window_merge(z, H, W, M)
@@ -158,7 +158,7 @@ class WSA(nn.Module):
 class SWSA(WSA):
     """WSA with windows shifted by half a window, as in Swin (Table 5(a)).
 
-    Padding the top and left shifts the grid (Swin rolls the map instead).  An axis that fits in one window stays.
+    Padding the top and left by M - ⌊M/2⌋ shifts the grid (Swin rolls the map).  An axis of one window is not shifted.
     """
 
     def forward(self, x):
@@ -206,7 +206,7 @@ class IWSA(WSA):
 
 # ---------------------------------------------------------------------------- 3.4 Position encoding
 class PEG(nn.Module):
-    """Position Encoding Generator (Section 3.4): x + DWConv(x).  Its zero padding, like LIM's, reveals positions."""
+    """Position Encoding Generator (3.4): x + DWConv(x).  Zero padding reveals positions; as LIM, it joins windows."""
 
     def __init__(self, dim):
         super().__init__()
@@ -326,7 +326,7 @@ class ScalableViT(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))                                 # (B, num_classes)
 
     def no_weight_decay(self):
-        """Names of the parameters exempt from weight decay: biases, norms and the PEG."""
+        """Names of the parameters exempt from weight decay: the one-dimensional (biases, norms) and the PEG's."""
         return {name for name, p in self.named_parameters() if p.ndim == 1 or ".peg." in name}
 
     def set_grad_checkpointing(self, enable=True):
@@ -349,7 +349,7 @@ def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern,
         if not 0 < n <= 1 or abs(round(n ** -0.5) ** 2 * n - 1) > 1e-6:
             raise ValueError(f"rn must be 1/integer² (1, 1/4, 1/9, 1/16, ...), got {n}")
         C, scaled = dim * 2 ** i, int(dim * 2 ** i * c)                                 # C'
-        if C % h or not c > 0 or "ssa" in pattern and n < 1 and (scaled < 1 or scaled % h):
+        if C % h or not c > 0 or ("ssa" in pattern and n < 1 and (scaled < 1 or scaled % h)):
             raise ValueError(f"heads must divide C and C' = int(C·rc) > 0, got heads={h}, C={C}, rc={c}, C'={scaled}")
 
 
@@ -418,8 +418,8 @@ def official_kwargs(state_dict):
 def count_macs(model, size):
     """Multiply-accumulates for one image of `size` (H, W), counted by PyTorch on the meta device.
 
-    {"modules": convolutions and linear layers, which the paper calls FLOPs; "attention": Q K^T and A V, which the
-    paper leaves out}.  Padded tokens count too, in windows as in SSA's cells.
+    {"modules": convolutions and linear layers, the paper's FLOPs of B and L; "attention": Q K^T and A V, which those
+    leave out}.  Padded tokens count too, in windows as in SSA's cells.
     """
     meta = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
     image = torch.empty(1, model.config["in_chans"], *size, device="meta", dtype=model.norm.weight.dtype)

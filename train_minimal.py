@@ -32,9 +32,9 @@ PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, l
              clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
              min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, plus RandAugment as in DeiT
 TINY = PAPER | dict(size=112, epochs=100, batch_size=64, lr=0.032, drop_path_rate=0.0, mixup=0.0, cutmix=0.0,
-                    reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)      # DIGITS: without --data; LARGE: b, l
-SETTINGS = PAPER | dict(data="", model="", init="", bf16=False, extent=[])          # saved in checkpoints
+                    reprob=0.0, randaugment=0, min_scale=0.25, aug_repeats=1)
 DIGITS, LARGE = TINY | dict(size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5), PAPER | dict(drop_path_rate=0.5)
+SETTINGS = PAPER | dict(data="", model="", init="", bf16=False, extent=[])         # saved; extent: images, and per step
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # set by torchrun
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
@@ -53,7 +53,7 @@ flag("--save-every", type=int, default=1000, metavar="N", help="save last.pt eve
 flag("--bf16", action=argparse.BooleanOptionalAction, default=CUDA, help="autocast to bfloat16 (default: on a GPU)")
 for name, value in PAPER.items():
     flag("--" + name.replace("_", "-"), type=type(value), default=value, metavar="N",
-         help=f"{value}; tiny: {TINY[name]}; digits: {DIGITS[name]}")
+         help=f"s: {value}; b, l: {LARGE[name]}; tiny: {TINY[name]}; digits: {DIGITS[name]}")
 
 
 def check(condition, message):
@@ -128,7 +128,7 @@ class ImageFolder(Dataset):
 
 def training_batches(n, args, first, last):
     """Yield this process's batches of keys (index, seed).  An epoch takes n / aug_repeats of n shuffled images,
-    aug_repeats times each.  Keys are dealt out in turn: `mix` pairs the same images for any number of processes."""
+    aug_repeats times each.  Processes take keys in turn, so `mix` pairs the same images however many there are."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (batch := WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -228,7 +228,7 @@ def main():
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
     checkpoint = load_checkpoint(start) if start else {}
     saved = checkpoint.get("settings", {})
-    kept = saved if args.resume or args.eval else {}
+    kept = saved if args.resume or args.eval else {}                # take the place of the defaults
     name = args.model or saved.get("model", "tiny")
     check(name == saved.get("model", name), f"{start} was not trained with --model {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)

@@ -33,8 +33,8 @@ import ablation  # noqa: E402
 import dense  # noqa: E402
 import segmentation  # noqa: E402
 from scalablevit import (  # noqa: E402
-    ATTENTION, SSA, Block, PatchEmbed, ScalableViT, attention, convert_official, init_weights, official_kwargs,
-    scalablevit_s, scalablevit_tiny)
+    ATTENTION, IWSA, LEM, SSA, WSA, Block, PatchEmbed, ScalableViT, attention, convert_official, init_weights,
+    official_kwargs, scalablevit_s, scalablevit_tiny)
 
 DOCS = pathlib.Path(__file__).parent
 TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -166,7 +166,50 @@ def field(side=28, dim=16):
     return without_ticks(figure)
 
 
+# ---------------------------------------------------------------------------- windows and LIM
+def window_attentions(dim, heads):
+    """WSA, LEM and IWSA by name, with the same random weights: LEM's convolution is IWSA's."""
+    torch.manual_seed(0)
+    modules = {kind.__name__: kind(dim, heads) for kind in (WSA, LEM, IWSA)}
+    modules["WSA"].load_state_dict(modules["IWSA"].state_dict(), strict=False)
+    modules["LEM"].load_state_dict({name.replace("lim", "lem"): w for name, w in modules["IWSA"].state_dict().items()})
+    return modules
+
+
+@torch.no_grad()
+def set_to_means(module):
+    """Make attention the mean of V over a window, F the mean of 3 x 3 tokens (zeros where padded), and V = X."""
+    for name, parameter in module.named_parameters():
+        parameter.fill_(1 / 9 if name in ("lim.weight", "lem.weight") else 0)          # Q = K = 0: equal weights
+    dim = module.proj.in_features
+    module.qkv.weight[2 * dim:] = module.proj.weight[:] = torch.eye(dim)
+
+
+@torch.no_grad()
+def influence(module, x, row, column):
+    """How far each output token (norm) moves if one token of x (1, H, W, C) changes: (H, W)."""
+    changed = x.clone()
+    changed[0, row, column] += 1
+    return (module(changed) - module(x))[0].norm(dim=-1)
+
+
+def side_by_side(pictures, titles, **options):
+    """Pictures (H, W) or (H, W, 3) in a row, with the options of imshow; -> axes."""
+    figure, axes = plt.subplots(1, len(titles), figsize=(11, 1 + 9 / len(titles)))
+    for axis, picture, title in zip(axes, pictures, titles):
+        axis.imshow(picture, **options)
+        axis.set_title(title)
+    without_ticks(figure)
+    return axes
+
+
 # ---------------------------------------------------------------------------- attention maps of SSA
+def first_stage(kind, rn=1, rc=1.0):
+    """The first stage of ScalableViT-S with a single block of one kind, without weights (on the meta device)."""
+    with torch.device("meta"):
+        return ScalableViT(num_classes=0, depths=(1,), heads=(2,), rc=(rc,), rn=(rn,), pattern=(kind, kind))
+
+
 @torch.no_grad()
 def ssa_matrices(net, images, stage):
     """Q', K' and V' of the first SSA block of a stage: (B, N or N_rn, channels) each."""
@@ -208,10 +251,13 @@ def learn_boards(rn, rc, updates=600):
     return net, torch.stack(right)
 
 
-def answers(boards):
-    """(B, N, N): whether cell n asks for the item in cell m."""
-    code, question = boards[:, :16].flatten(2), boards[:, 20:].flatten(2)       # (B, 16, N) each
-    return question.transpose(1, 2) @ code == 16                                # all 16 bits agree
+def answers(boards, bits=16):
+    """(B, N, N): whether cell n asks with a code that has just `bits` bits in common with the item in cell m.
+
+    With 16 it is the item that cell n asks for, with 15 that item's twin (or one that is as close by chance).
+    """
+    code, question = boards[:, :16].flatten(2), boards[:, 20:].flatten(2)       # (B, 16, N) each, of -1 and 1
+    return question.transpose(1, 2) @ code == 2 * bits - 16
 
 
 def share_on_the_answer(net, boards):
@@ -222,18 +268,29 @@ def share_on_the_answer(net, boards):
     return (A * right).sum(-1)[answer.any(-1)].mean().item()
 
 
+def right_with_common_hue(boards, hues):
+    """Percentage of questions that are answered right by the hue that most items of the board have."""
+    common = boards[:, 16:20].sum(dim=(2, 3)).argmax(dim=1)                     # (B,)
+    right = (hues == common[:, None, None, None])[hues >= 0]
+    return 100 * right.float().mean().item()
+
+
 def looks(networks):
-    """What questions (red crosses) attend to, and the items they ask for (orange circles): a column per network."""
+    """What questions (red crosses) attend to, the items they ask for (orange circles) and those items' twins (squares).
+
+    A column per network.
+    """
     boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0]      # (64, 36, 8, 8)
-    answer = answers(boards)
+    answer, twin = answers(boards), answers(boards, bits=15)
     board, asks = answer.any(-1).nonzero()[::41][[2, 9, 20]].T                  # three questions on three boards
     figure, axes = plt.subplots(3, len(networks), figsize=(8, 8.6))
     for column, (name, net) in zip(axes.T, networks.items()):
         for axis, b, n in zip(column, board, asks):
-            A, m = attention_matrix(net, boards)[b, n], answer[b, n].int().argmax()               # (N_rn,)
+            A = attention_matrix(net, boards)[b, n]                             # (N_rn,)
             axis.imshow(A.view(-1, round(len(A) ** 0.5)).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=0.7, cmap="Blues")
             axis.plot(n % 8 + 0.5, n // 8 + 0.5, "r+", markersize=10)
-            axis.plot(m % 8 + 0.5, m // 8 + 0.5, "o", color="orange", fillstyle="none", markersize=10)
+            for m, marker in ((answer[b, n].nonzero(), "o"), (twin[b, n].nonzero(), "s")):
+                axis.plot(m % 8 + 0.5, m // 8 + 0.5, marker, color="orange", fillstyle="none", markersize=10)
         column[0].set_title(name)
     return without_ticks(figure)
 

@@ -56,6 +56,57 @@ def test_every_picture_is_drawn(figures, tmp_path):
         assert (tmp_path / f"{name}.png").exists()
 
 
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(8, 21), st.integers(8, 21))
+def test_influence_is_that_of_the_text(row, column, H, W):
+    """A token moves all of its window; with LIM also its eight neighbors.  Nothing else moves at all."""
+    pytest.importorskip("matplotlib")
+    import figures
+    row, column = min(row, H - 1), min(column, W - 1)
+    near = {(y, x) for y in range(row - 1, row + 2) for x in range(column - 1, column + 2) if 0 <= y < H and 0 <= x < W}
+    window = {(y, x) for y in range(H) for x in range(W) if (y // 7, x // 7) == (row // 7, column // 7)}
+    x = torch.randn(1, H, W, 4, dtype=torch.float64)
+    for name, module in figures.window_attentions(4, 2).items():
+        moved = {(y, x) for y, x in figures.influence(module.double(), x, row, column).nonzero().tolist()}
+        assert moved == (window | near if name == "IWSA" else window)
+
+
+@given(st.integers(7, 22), st.integers(7, 22), st.integers(1, 3))
+def test_windows_set_to_means_are_means(H, W, dim):
+    """Against means taken one token at a time."""
+    pytest.importorskip("matplotlib")
+    import figures
+    x = torch.randn(1, H, W, dim, dtype=torch.float64)
+    modules = figures.window_attentions(dim, 1)
+    for module in modules.values():
+        figures.set_to_means(module)
+    wsa, lem, iwsa = (module.double()(x)[0].detach() for module in modules.values())
+    for r in range(H):
+        for c in range(W):
+            top, left = r // 7 * 7, c // 7 * 7
+            window = x[0, top:top + 7, left:left + 7].mean(dim=(0, 1))
+            torch.testing.assert_close(wsa[r, c], window)
+            all_near = x[0, max(r - 1, 0):r + 2, max(c - 1, 0):c + 2].sum(dim=(0, 1)) / 9
+            torch.testing.assert_close(iwsa[r, c], window + all_near)
+            own_near = x[0, max(r - 1, top):min(r + 2, top + 7), max(c - 1, left):min(c + 2, left + 7)]
+            torch.testing.assert_close(lem[r, c], window + own_near.sum(dim=(0, 1)) / 9)
+
+
+@given(st.integers(0, 1000))
+def test_naming_the_most_common_hue(seed):
+    """Against a count, board by board."""
+    pytest.importorskip("matplotlib")
+    import ablation
+    import figures
+    boards, hues = ablation.draw_global(5, torch.Generator().manual_seed(seed))
+    right = asked = 0
+    for board, labels in zip(boards, hues):
+        items = [int(cell.argmax()) for cell in board[16:20].flatten(1).T if cell.any()]
+        common = max(range(4), key=items.count)                     # the first, if two are as common
+        questions = labels[labels >= 0].tolist()
+        right, asked = right + questions.count(common), asked + len(questions)
+    assert figures.right_with_common_hue(boards, hues) == pytest.approx(100 * right / asked)
+
+
 @given(st.integers(0, 1000), st.sampled_from([1 / 4, 1 / 16]))
 def test_the_answer_to_a_question_is_found_and_its_share_of_the_attention(seed, rn):
     """Against a loop over cells: codes are compared bit by bit, and the labels of the board are the answers' hues."""
@@ -63,6 +114,7 @@ def test_the_answer_to_a_question_is_found_and_its_share_of_the_attention(seed, 
     import ablation
     import figures
     boards, hues = ablation.draw_global(2, torch.Generator().manual_seed(seed))
+    twins = figures.answers(boards, bits=15)
     net, _ = figures.learn_boards(rn, 2.0, updates=1)
     net, found, s = helpers.randomised(net), figures.answers(boards), round(rn ** -0.5)
     A = figures.attention_matrix(net, boards.double())
@@ -73,6 +125,8 @@ def test_the_answer_to_a_question_is_found_and_its_share_of_the_attention(seed, 
             asked = boards[b, 20:, n // 8, n % 8]
             items = [m for m in range(64) if asked.any() and torch.equal(boards[b, :16, m // 8, m % 8], asked)]
             assert found[b, n].nonzero().flatten().tolist() == items and bool(items) == (hues[b, 0, n // 8, n % 8] >= 0)
+            close = [m for m in range(64) if asked.any() and (boards[b, :16, m // 8, m % 8] == asked).sum() == 15]
+            assert twins[b, n].nonzero().flatten().tolist() == close
             if items:
                 assert int(hues[b, 0, n // 8, n % 8]) in {int(boards[b, 16:20, m // 8, m % 8].argmax()) for m in items}
                 keys = {m // 8 // s * (8 // s) + m % 8 // s for m in items}

@@ -8,12 +8,15 @@ import json
 import os
 import pathlib
 import re
+import statistics
+import sys
 import tempfile
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LESSON = ROOT / "docs" / "lesson.ipynb"
+sys.path.insert(0, str(LESSON.parent))
 CELLS = json.loads(LESSON.read_text())["cells"]
 CODE, PROSE = ([cell for cell in CELLS if cell["cell_type"] == kind] for kind in ("code", "markdown"))
 
@@ -59,7 +62,38 @@ def texts(cell):
 
 
 def test_cells_are_short():
-    assert [source(cell) for cell in CODE if len(source(cell).splitlines()) > 15] == []
+    assert [source(cell) for cell in CODE if len(source(cell).splitlines()) > 12] == []
+
+
+def test_it_fits_45_minutes():
+    """The parts' minutes add up, and what can be left out comes last in its part."""
+    headings = [line for cell in PROSE for line in source(cell).splitlines() if line.startswith("## ")]
+    minutes = [re.findall(r"(\d+) minutes?\b", heading) for heading in headings]
+    assert [heading for heading, found in zip(headings, minutes) if len(found) != 1] == []
+    assert sum(int(found) for found, in minutes) == 45
+    optional = False
+    for line in "\n".join(map(source, PROSE)).splitlines():
+        section = re.match(r"\*\*[^*]+\*\*", line)
+        assert not (optional and section and "(optional)" not in line), line
+        optional = not line.startswith("## ") and (optional or bool(section) and "(optional)" in line)
+
+
+def test_the_table_is_that_of_the_results():
+    import ablation
+    kept = ["".join(output["data"].get("text/markdown", "")) for cell in CODE for output in cell["outputs"]
+            if "ablation.table()" in source(cell) and "data" in output]
+    assert kept == [ablation.table()]
+
+
+def test_readings_quote_the_table():
+    """`*A − B, task*: 94.0 % against 60.5 %` quotes the rows' mean final accuracy."""
+    import ablation
+    text = " ".join("\n".join(map(source, PROSE)).split())
+    readings = re.findall(r"\*([^*]+) − ([^*]+), (local|global)\*: ([\d.]+) % against ([\d.]+) %", text)
+    assert len(readings) == text.count(" % against ") >= 3
+    for *rows, task, first, second in readings:
+        finals = [ablation.figures(row, task, "final").values() for row in rows]
+        assert [f"{statistics.mean(final):.1f}" for final in finals] == [first, second]
 
 
 def test_lines_fit_a_screen():
@@ -69,7 +103,7 @@ def test_lines_fit_a_screen():
 
 def test_it_is_kept_with_the_outputs_of_one_run():
     assert [cell["execution_count"] for cell in CODE] == [*range(1, len(CODE) + 1)]
-    shows = re.compile(r"plt\.plot|figures\.\w+\(|subplots|loglog|print\(|Markdown\(|SVG\(|^%run", re.MULTILINE)
+    shows = re.compile(r"plt\.plot|figures\.\w+\(|loglog|print\(|Markdown\(|SVG\(|^%run", re.MULTILINE)
     silent = [source(cell) for cell in CODE if shows.search(source(cell)) and not cell["outputs"]]
     assert silent == []
 
