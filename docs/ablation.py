@@ -191,6 +191,19 @@ def table():
     return "\n".join(lines) + "\n"
 
 
+def overview(rows=("WSA", "IWSA", "SSA", "neither", "LEM", "LIM", "PEG", "PEG and LEM", "PEG and LIM", "SSA & IWSA")):
+    """Markdown: each row's blocks, whether it has a PEG, its mean final accuracy per task, the paper's Top-1 and mIoU."""
+    lines = ["| blocks | PEG | " + " | ".join(f"{task}, %" for task in TASKS) + " | Top-1 | mIoU |",
+             "|---" * (len(TASKS) + 4) + "|"]
+    for row in rows:
+        arguments, top1, miou = ROWS[row]
+        blocks = " & ".join(kind.upper() for kind in dict.fromkeys(arguments["pattern"]))
+        finals = [f"{statistics.mean(figures(row, task, 'final').values()):.1f}" for task in TASKS]
+        peg = "PEG" if arguments.get("peg", True) else "no PEG"
+        lines.append("| " + " | ".join([blocks, peg, *finals, str(top1), str(miou or "–")]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def interval(values, resamples=10_000):
     """95 % bootstrap interval of the mean: the middle 95 % of the means of values resampled with replacement."""
     rng = random.Random(0)
@@ -230,9 +243,10 @@ def curves(file, rows=("WSA", "IWSA", "SSA, r_c = 1", "SSA", "neither", "LEM", "
     for axis, task in zip(axes, TASKS):
         for row in rows:
             mean = torch.tensor([continued(curve) for curve in figures(row, task, "curve").values()]).mean(0)
-            axis.plot(SETTING["every"] * torch.arange(1, len(mean) + 1), mean, label=row)
+            updates, style = SETTING["every"] * torch.arange(1, len(mean) + 1), "--" if row in rows[1::2] else "-"
+            axis.plot(updates, mean, style, label=row)
         axis.set(xlabel="updates", ylabel="right answers, %", title=task)
-    axes[0].legend()
+    axes[1].legend(bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(file)
 

@@ -141,7 +141,10 @@ def maps(image=DOCS / "cat.jpg", weights=None, data=None):
 
 # ---------------------------------------------------------------------------- receptive fields
 def field(side=28, dim=16):
-    """Norm of d(one output token)/d(input tokens) after 1, 2, 4 untrained blocks, and the share that is not 0."""
+    """Norm of d(one output token)/d(input tokens) after 1, 2, 4 untrained blocks, relative to its largest value.
+
+    Below each map: the share of tokens that is not 0, and that is above 10^-5.
+    """
     figure, axes = plt.subplots(3, len(NAMES), figsize=(11, 7.6))
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
@@ -158,11 +161,13 @@ def field(side=28, dim=16):
             for border in range(7, side, 7):
                 axis.axhline(border - 0.5, color="grey", linewidth=0.4)
                 axis.axvline(border - 0.5, color="grey", linewidth=0.4)
-            axis.set_xlabel(f"{100 * (size > 0).double().mean():.0f} % of the map")
+            strong = 100 * (size > 1e-5 * size.max()).double().mean()
+            axis.set_xlabel(f"{100 * (size > 0).double().mean():.0f} % of the map ({strong:.0f} %)")
         column[0].set_title(name, weight="bold")
     for axis, blocks in zip(axes[:, 0], ("1 block", "2 blocks", "4 blocks")):
         axis.set_ylabel(f"after {blocks}")
-    figure.suptitle("What one token (red) depends on: white not at all, pale weakly, dark strongly")
+    figure.suptitle("What one token (red) depends on: white not at all, pale $10^{-7}$ and less, dark 1 "
+                    "(relative to the largest)\nbelow: share of the map; in brackets: above $10^{-5}$")
     return without_ticks(figure)
 
 
@@ -193,12 +198,26 @@ def influence(module, x, row, column):
     return (module(changed) - module(x))[0].norm(dim=-1)
 
 
+def show_influence(moved, row, column, M=7):
+    """Maps {title: (H, W)} of `influence` on one logarithmic scale, with the changed token and the windows' borders."""
+    low, high = 1e-4, max(map.max() for map in moved.values())
+    shades = [map.clamp(min=low).log10().where(map > 0, torch.nan) for map in moved.values()]
+    border = (column // M + 1) * M                                  # the next one to the right of the changed token
+    titles = [f"{title}: {int((map[:, :border] > 0).sum())} left of the border, {int((map[:, border:] > 0).sum())} right"
+              for title, map in moved.items()]
+    for axis, map in zip(side_by_side(shades, titles, vmin=np.log10(low), vmax=np.log10(high)), moved.values()):
+        axis.plot(column, row, "r+")
+        for place in range(M, max(map.shape), M):
+            axis.axhline(place - 0.5, color="grey")
+            axis.axvline(place - 0.5, color="grey")
+
+
 def side_by_side(pictures, titles, **options):
     """Pictures (H, W) or (H, W, 3) in a row, with the options of imshow; -> axes."""
     figure, axes = plt.subplots(1, len(titles), figsize=(11, 1 + 9 / len(titles)))
     for axis, picture, title in zip(axes, pictures, titles):
         axis.imshow(picture, **options)
-        axis.set_title(title)
+        axis.set_title(title, fontsize=11)
     without_ticks(figure)
     return axes
 
@@ -230,7 +249,7 @@ def attention_matrix(net, images, stage=0):
     return attention(q, k, torch.eye(k.shape[2]).to(q), attn.scale).mean(1)         # V' = 1: the matrix itself
 
 
-def learn_boards(rn, rc, updates=600):
+def learn_boards(rn, rc, updates=1500):
     """Train one IWSA and one SSA block on ablation.py's global task.
 
     -> the network, and the percentage of right answers on each batch of new boards: (updates,)
@@ -239,7 +258,7 @@ def learn_boards(rn, rc, updates=600):
     net = ScalableViT(**ablation.NET | dict(in_chans=36, rn=(rn,), rc=(rc,)))
     net.stages[0].embed = PatchEmbed(36, 32, kernel_size=1, stride=1)           # a cell is a token
     head, right, boards_of = torch.nn.Conv2d(32, ablation.HUES, 1), [], torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=3e-3)
+    optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=3e-3, fused=True)
     for _ in range(updates):
         boards, hues = ablation.draw_global(32, boards_of)                      # (32, 36, 8, 8)
         hues, logits = hues.squeeze(1), head(net.forward_features(boards)[0])   # (32, 8, 8), (32, 4, 8, 8)
@@ -276,22 +295,34 @@ def right_with_common_hue(boards, hues):
 
 
 def looks(networks):
-    """What questions (red crosses) attend to, the items they ask for (orange circles) and those items' twins (squares).
+    """Three boards with the hues of their items, and what networks {title: net} attend to in the first question of each.
 
-    A column per network.
+    Red cross: the token that asks.  Circle: the item that it asks for.  Square: that item's twin.
+    Numbers: percent of the attention on each cell, which is one key.
     """
-    boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0]      # (64, 36, 8, 8)
+    boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0][:3]  # (3, 36, 8, 8)
     answer, twin = answers(boards), answers(boards, bits=15)
-    board, asks = answer.any(-1).nonzero()[::41][[2, 9, 20]].T                  # three questions on three boards
-    figure, axes = plt.subplots(3, len(networks), figsize=(8, 8.6))
-    for column, (name, net) in zip(axes.T, networks.items()):
-        for axis, b, n in zip(column, board, asks):
+    figure, axes = plt.subplots(3, 1 + len(networks), figsize=(11, 8.6))
+    for b, row in enumerate(axes):
+        n = int(answer[b].any(-1).nonzero()[0])                                 # the first token that asks
+        hue = torch.where(boards[b, 16:20].sum(0) > 0, boards[b, 16:20].argmax(0), torch.nan)     # (8, 8)
+        row[0].imshow(hue.numpy(), extent=(0, 8, 8, 0), cmap="Set2", vmin=0, vmax=7)
+        for axis, net in zip(row[1:], networks.values()):
             A = attention_matrix(net, boards)[b, n]                             # (N_rn,)
-            axis.imshow(A.view(-1, round(len(A) ** 0.5)).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=0.7, cmap="Blues")
-            axis.plot(n % 8 + 0.5, n // 8 + 0.5, "r+", markersize=10)
+            side, cell = round(len(A) ** 0.5), 8 / len(A) ** 0.5
+            axis.imshow(A.view(side, side).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=1, cmap="Blues")
+            for m, share in enumerate(A.tolist()):
+                axis.text((m % side + 0.5) * cell, (m // side + 0.5) * cell, f"{100 * share:.0f}", ha="center",
+                          va="center", color="white" if share > 0.6 else "dimgrey", fontsize=9)
+        for axis in row:
+            axis.plot(n % 8 + 0.5, n // 8 + 0.5, "r+", markersize=12, markeredgewidth=2)
             for m, marker in ((answer[b, n].nonzero(), "o"), (twin[b, n].nonzero(), "s")):
-                axis.plot(m % 8 + 0.5, m // 8 + 0.5, marker, color="orange", fillstyle="none", markersize=10)
-        column[0].set_title(name)
+                axis.plot(m % 8 + 0.5, m // 8 + 0.5, marker + "k", fillstyle="none", markersize=13, markeredgewidth=1.5)
+            for line in range(1, 8):
+                axis.axhline(line, color="grey", linewidth=0.8 if line % 2 == 0 else 0.2)
+                axis.axvline(line, color="grey", linewidth=0.8 if line % 2 == 0 else 0.2)
+    for axis, title in zip(axes[0], ("board: items and their hues", *networks)):
+        axis.set_title(title)
     return without_ticks(figure)
 
 

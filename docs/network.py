@@ -170,14 +170,14 @@ def ssa_panel(d, attn, features, x, y):
     d.sign(x + 250, middle, "×")
     d.arrow((x + 259, middle), (x + 298, middle))
     d.text(x + 312, top - 12, "softmax")
-    matrix(x + 298, top, 28, tall, "A′", PEG, "N × N·r_n", f"{N} × {keys}")
+    matrix(x + 298, top, 28, tall, "A′", "white", "N × N·r_n", f"{N} × {keys}")
     d.arrow((x + 326, middle), (x + 363, middle))
     d.sign(x + 373, middle, "×")
     d.arrow((x + 382, middle), (x + 412, middle))
-    matrix(x + 412, top, 36, tall, "Z′", PLAIN, "N × C", f"{N} × {C}")
+    matrix(x + 412, top, 36, tall, "Z′", PLAIN, "N × C", f"{N} × {C}", "then linear")
 
     d.arrow((x + 82, middle), (x + 82, v - 35), (x + 96, v - 35))                       # X's path to K and V
-    d.box(x + 96, k - 18, 72, v - k + 36, EMBED, "one token", "for each", f"{attn.s}×{attn.s} cell:",
+    d.box(x + 96, k - 18, 72, v - k + 36, PLAIN, "one token", "for each", f"{attn.s}×{attn.s} cell:",
           f"{keys} × {scaled}")
     for goal, height, width, up, name, *shape in (
             (250, k, 45, middle + 10, "K′", "N·r_n × C·r_c", f"{keys} × {scaled}"),
@@ -186,6 +186,7 @@ def ssa_panel(d, attn, features, x, y):
         d.text(x + 196, height - 12, "linear")
         matrix(x + goal - width / 2, height - 12, width, 24, name, SSA, *shape, beside=name == "V′")
         d.arrow((x + goal, height - 12), (x + goal, up))
+    d.text(x + 268, middle + 40, "K′ᵀ")
 
 
 def lim_panel(d, attn, features, x, y):

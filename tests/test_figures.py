@@ -147,7 +147,7 @@ def test_attention_maps_are_those_of_the_network(figures):
 def test_networks_learn_from_boards_and_are_drawn(figures):
     net, right = figures.learn_boards(1 / 4, 1.0, updates=2)
     assert right.shape == (2,) and (right >= 0).all() and (right <= 100).all()
-    assert len(figures.looks({"a": net, "b": net}).axes) == 6
+    assert len(figures.looks({"a": net, "b": net}).axes) == 9
 
 
 @pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
