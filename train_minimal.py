@@ -26,8 +26,7 @@ from torchvision.transforms import v2
 
 import scalablevit
 
-# The settings, each with a flag.  lr: peak for 1024 images per step, scaled linearly.  min_scale: smallest crop, as a
-# fraction of the image.  randaugment: operations, each with probability 1/2.  aug_repeats: copies per image and epoch.
+# The settings, each with a flag; what they mean: docs/training.md.  lr is for 1024 images per step, scaled linearly.
 PAPER = dict(size=224, epochs=300, warmup_epochs=5.0, batch_size=128, accum=1, lr=1e-3, weight_decay=0.05,
              clip_grad=5.0, label_smoothing=0.1, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, reprob=0.25, randaugment=2,
              min_scale=0.08, aug_repeats=3, seed=0)                 # Appendix C, plus RandAugment as in DeiT
@@ -39,7 +38,6 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 normalize = v2.Compose([v2.ToDtype(torch.float32, True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flag = parser.add_argument
 flag("--data", type=os.path.abspath, metavar="DIR", help="has train/CLASS/* and val/CLASS/* (default: digits)")
@@ -58,8 +56,7 @@ for name, value in PAPER.items():
 
 def check(condition, message):
     if not condition:                                               # a user error: one line, no traceback
-        print("train_minimal.py:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"train_minimal.py: {' '.join(message.split())}\n")
 
 
 def draw_digits(root, train=400, val=100, side=64):
@@ -83,6 +80,8 @@ def read_image(path, size):
     with Image.open(path) as image:
         image.draft("RGB", (3 * size, 3 * size))
         image.load()
+        if image.mode[0] in "IF":                                   # converting to RGB would clip them to white
+            raise OSError(f"more than 8 bits per channel: mode {image.mode}")
         with contextlib.suppress(Exception):                        # EXIF may be corrupt although the pixels are fine
             ImageOps.exif_transpose(image, in_place=True)
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -103,7 +102,8 @@ class ImageFolder(Dataset):
         self.samples = [(os.path.join(folder, file), label) for label, name in enumerate(self.classes)
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)
                         if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
-        check(len({i for _, i in self.samples}) == len(self.classes) > 0, f"{root} has no class folders, or empty ones")
+        empty = set(self.classes or "*") - {self.classes[label] for _, label in self.samples}
+        check(not empty, f"no images ({', '.join(IMG_EXTENSIONS)}) in {root}/{', '.join(sorted(empty))}")
 
     def random_crop(self, image):
         """v2.RandomResizedCrop and RandomHorizontalFlip in plain Pillow, which is faster for small images."""
@@ -182,7 +182,7 @@ def load_checkpoint(path):
         settings = {k: type(SETTINGS[k])(v) for k, v in checkpoint.get("settings", {}).items() if k in SETTINGS}
         return checkpoint | {"model": weights, "config": config, "settings": settings}
     except Exception as error:
-        check(False, f"cannot load {path}: {type(error).__name__} {str(error)[:300]!r}")
+        check(False, f"cannot load {path}: {type(error).__name__} {str(error).split('. ')[0][:300]!r}")
 
 
 @torch.no_grad()
@@ -219,18 +219,18 @@ def main():
             output.mkdir(parents=True, exist_ok=True)
             fcntl.lockf(lock := open(output / ".lock", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)    # workers do not hold it
         except OSError as error:
-            check(False, f"cannot lock {output}, which another process may be writing to: {error.strerror}")
+            check(False, f"cannot write to {output}, or another process is writing to it: {error.strerror}")
         if not (args.data or last_pt.exists() or (output / "digits").exists()):
             draw_digits(output / "digits")
     gather(None)                                                    # the other ranks wait for the lock and the digits
-    # Settings come from the flags, else (with --resume or --eval) from the checkpoint, else from the defaults.
     going_on = last_pt.exists() and not args.eval
+    check(going_on or args.eval or not (output / "best.pt").exists(), f"{output} has best.pt but no last.pt: move it")
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
     checkpoint = load_checkpoint(start) if start else {}
     saved = checkpoint.get("settings", {})
-    kept = saved if args.resume or args.eval else {}                # take the place of the defaults
+    kept = saved if args.resume or args.eval else {}                # settings: from flags, else kept, else defaults
     name = args.model or saved.get("model", "tiny")
-    check(name == saved.get("model", name), f"{start} was not trained with --model {name}")
+    check(name == saved.get("model", name), f"{start} was trained with --model {saved.get('model')}, not {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
     args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))
     for key in (*PAPER, "workers", "save_every"):
@@ -244,12 +244,12 @@ def main():
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
     classes, n, batch = train_set.classes, len(train_set.samples), WORLD_SIZE * args.accum * args.batch_size
     steps = n // batch                                              # an epoch is `steps` steps of `batch` images
-    check(classes == val_set.classes, f"{data} has different classes in train and val")
+    check(classes == val_set.classes, f"{data}: only in train or val: {', '.join({*classes} ^ {*val_set.classes})}")
     check(steps or args.eval, f"a step takes {batch} images, but there are {n}: lower --batch-size or --accum")
     settings = {k: "" if (v := getattr(args, k, None)) is None else v for k in SETTINGS} | {"extent": [n, batch]}
-    changed = [key for key in settings if going_on and settings[key] != saved.get(key)]
-    check("extent" not in changed, f"{output} holds a run with other images, or more or fewer of them per step")
-    check(args.resume or not changed, f"{output} holds a run with other {', '.join(changed)} (--resume changes them)")
+    changed = {key: saved.get(key) for key in settings if going_on and settings[key] != saved.get(key)}
+    check("extent" not in changed, f"{output} holds a run with [images, per step] = {saved.get('extent')}, not {[n, batch]}")
+    check(args.resume or not changed, f"{output} holds a run with {changed} (--resume changes that)")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]
     val_loader = DataLoader(val_set, args.batch_size, sampler=val_keys, **loading)
