@@ -248,7 +248,7 @@ def main():
     check(steps or args.eval, f"a step takes {batch} images, but there are {n}: lower --batch-size or --accum")
     settings = {k: "" if (v := getattr(args, k, None)) is None else v for k in SETTINGS} | {"extent": [n, batch]}
     changed = {key: saved.get(key) for key in settings if going_on and settings[key] != saved.get(key)}
-    check("extent" not in changed, f"{output} holds a run with [images, per step] = {saved.get('extent')}, not {[n, batch]}")
+    check("extent" not in changed, f"{output} is a run of [images, per step] {saved.get('extent')}, not {[n, batch]}")
     check(args.resume or not changed, f"{output} holds a run with {changed} (--resume changes that)")
     loading = dict(num_workers=args.workers, pin_memory=CUDA, worker_init_fn=ignore_signals)
     val_keys = [(i, 0) for i in range(RANK, len(val_set.samples), WORLD_SIZE)]

@@ -365,7 +365,7 @@ def test_a_folder_with_another_run_is_refused_and_resume_changes_its_settings(fi
         was = {more[0][2:]: load(output)["settings"][more[0][2:]]}
         assert f"holds a run with {was} (--resume" in fail(call(*args, *more))
     assert "was trained with --model tiny, not s" in fail(call(*args, "--model", "s"))
-    assert "holds a run with [images, per step] = [32, 8], not [32, 16]" in fail(call(*resume, "--batch-size", 16))
+    assert "is a run of [images, per step] [32, 8], not [32, 16]" in fail(call(*resume, "--batch-size", 16))
     for more in (["--eval"], ["--init", output / "best.pt"]):
         assert "neither --init nor --eval" in fail(call(*resume, *more))
     assert (tmp_path / "out" / "last.pt").read_bytes() == (output / "last.pt").read_bytes()
