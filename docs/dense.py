@@ -107,7 +107,10 @@ class ADE20K(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------- Training
 def pretrained(name, file=None):
-    """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py."""
+    """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py.
+
+    Raises SystemExit for weights of another size.
+    """
     config, weights = {}, None
     if file:
         with torch.serialization.safe_globals([argparse.Namespace]):         # some published files contain one
@@ -115,7 +118,10 @@ def pretrained(name, file=None):
         config, weights = checkpoint.get("config", {}), checkpoint.get("model", checkpoint)
         if "patch_embeds.0.proj.weight" in weights:
             config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)
-    backbone = getattr(scalablevit, f"scalablevit_{name}")(**config | {"num_classes": 0})
+    build = getattr(scalablevit, f"scalablevit_{name}")
+    if (dim := config.get("dim")) not in (None, build.keywords["dim"]):
+        raise SystemExit(f"{file} is not a scalablevit_{name}: it has {dim} channels, not {build.keywords['dim']}")
+    backbone = build(**config | {"num_classes": 0})
     if weights:
         backbone.load_state_dict({key: w for key, w in weights.items() if not key.startswith("head.")})
     return backbone

@@ -4,7 +4,8 @@
     python docs/detection.py --data DIR --model s --init published.pth          the paper's run, on one GPU
 
 DIR is a COCO folder: train2017/, val2017/ and annotations/instances_{train,val}2017.json.  Optimizer and schedule
-default to Appendix C's; new layers have torchvision's initialization.
+default to Appendix C's; new layers have torchvision's initialization; torchvision normalizes the images.  A stopped run
+cannot be resumed, and a run replaces the files of an earlier one in --output.
 """
 import contextlib
 import copy
