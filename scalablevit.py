@@ -1,4 +1,4 @@
-"""ScalableViT in one file, to be read alongside the paper.
+"""ScalableViT in one file, to be read alongside the paper.  MIT license.
 
     ScalableViT: Rethinking the Context-oriented Generalization of Vision Transformer
     Rui Yang, Hailong Ma, Jie Wu, Yansong Tang, Xuefeng Xiao, Min Zheng, Xiu Li.  ECCV 2022.
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def convolve(conv, x):
-    """Apply a convolution, which expects (B, C, H, W), to tokens (B, H, W, C).  `permute` returns views: no copies."""
+    """Apply a convolution, which expects (B, C, H, W), to tokens (B, H, W, C).  `permute` does not copy."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 # ---------------------------------------------------------------------------- 3.2 Scalable Self-Attention
 def attention(q, k, v, scale, mask=None):
-    """Softmax(Q K^T · scale) V; equation (1) has scale = 1/sqrt(d).  q (…, n, d), k (…, m, d), v (…, m, d_v).
+    """Softmax(Q K^T · scale) V: equation (1), with scale = 1/sqrt(d).  q (…, n, d), k (…, m, d), v (…, m, d_v).
 
     mask (…, n or 1, m) is True where a query may attend to a key.  Returns (…, n, d_v).
     """
@@ -66,8 +66,8 @@ class SSA(nn.Module):
     Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
 
-    Why r_n: neighboring tokens are redundant; one patch of sky looks like the next.  With one key and one value per
-    s x s cell of tokens (r_n = 1/s²), attention stays global at a fraction of the cost.  Deeper stages have fewer and
+    Why r_n: neighboring tokens are redundant; one patch of sky looks like the next.  With one key and one value for a
+    cell of s x s tokens (r_n = 1/s²), attention stays global at a fraction of the cost.  Deeper stages have fewer and
     less redundant tokens, so r_n grows to 1.
     Why r_c: Q and K need not be as wide as the input.  Extra channels (r_c > 1 in S and B) compensate for the detail
     lost by merging tokens into cells; L is wide already, with r_c < 1 in its first two stages.
@@ -75,16 +75,16 @@ class SSA(nn.Module):
     f_k and f_v share one reduction: a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
     LayerNorm, GELU.  Each then has its own linear layer.  (These are the published code's layers; the paper says only
     "convolutions" and "linear projections".  It prints f_v(V) in (3), but means X.)  Zeros on the right and bottom
-    complete the last cells.  As in the published code, r_n = 1 means no reduction and C' = C; r_c then only affects
-    the scale in (2).
+    complete the last cells.  If r_n = 1, nothing is reduced and r_c is used in the scale of (2) only (a quirk of the
+    published code).
 
-    MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which holds for a fixed N_rn.  With the fixed
-    ratio r_n of Table 1 it is r_n N² (C + C'): quadratic with a small constant.
+    MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which is true for a fixed number of keys, N_rn.
+    With a fixed r_n the keys grow with N, and it is r_n N² (C + C'): quadratic with a small constant.
     """
 
     def __init__(self, dim, heads, rc=1.0, rn=1.0):
         super().__init__()
-        self.heads, self.s = heads, round(rn ** -0.5)
+        self.heads, self.s = heads, round(rn ** -0.5)                                   # r_n = 1/s²
         self.scale = (dim * rc / heads) ** -0.5                                         # 1/sqrt(d_k')
         scaled = int(dim * rc) if self.s > 1 else dim                                   # C'
         self.q = nn.Linear(dim, scaled)
@@ -103,8 +103,8 @@ class SSA(nn.Module):
             reduced = convolve(self.reduce, F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s)))
             reduced = F.gelu(self.norm(reduced))                                        # (B, ⌈H/s⌉, ⌈W/s⌉, C')
         q, k, v = self.q(x), self.k(reduced), self.v(reduced)                           # (3)
-        q, k, v = (t.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)       # (B, heads, N, C'/heads) and
-                   for t in (q, k, v))                                                  # (B, heads, N_rn, …)
+        q, k, v = (t.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)       # Q' (B, heads, N, C'/heads),
+                   for t in (q, k, v))                                                  # K', V' (B, heads, N_rn, …)
         z = attention(q, k, v, self.scale)                                              # (B, heads, N, C/heads)  (2)
         return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
 
@@ -131,8 +131,8 @@ class WSA(nn.Module):
 
     Z_n = Softmax(Q_n K_n^T / sqrt(d_k)) V_n                                                (4)
 
-    Padding is masked, so a window cut off by the map's border attends over its real tokens only.
-    MACs of (4): 2 M² N C, linear in N.  Each of the three classes below changes one thing.
+    Padding is masked: a window cut off by the map's border attends over its real tokens only.  (At 224 x 224 there is
+    no padding.)  MACs of (4): 2 M² N C, linear in N.  The three classes below change one thing each.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -191,7 +191,7 @@ class IWSA(WSA):
 
     Z' = Z + F(V)                                                                           (5)
 
-    F is a depthwise convolution over the whole (re-merged) value map V, so it connects neighboring windows.
+    F is a depthwise convolution of the whole value map V, not cut into windows, so it connects neighboring windows.
     """
 
     def __init__(self, dim, heads, window=7):
@@ -275,7 +275,7 @@ class ScalableViT(nn.Module):
     pattern         the two kinds of attention that alternate in each stage (Tables 5(a) and 7)
     head_hidden     hidden width of the published models' two-layer head; None for a single linear layer
 
-    ScalableViT(**model.config) rebuilds the same architecture.  Invalid arguments raise ValueError.
+    ScalableViT(**model.config) rebuilds the same architecture.  Arguments that do not fit together raise ValueError.
     """
 
     def __init__(self, in_chans=3, num_classes=1000, dim=64, depths=(2, 2, 20, 2), heads=(2, 4, 8, 16),
@@ -340,7 +340,7 @@ def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern,
     if not len(depths) == len(heads) == len(rc) == len(rn) > 0:
         raise ValueError(f"depths, heads, rc, rn must have one entry per stage, got {depths=}, {heads=}, {rc=}, {rn=}")
     if len(pattern) != 2 or not {*pattern} <= {*ATTENTION}:
-        raise ValueError(f"pattern must be two of {', '.join(ATTENTION)}, got {pattern!r}")
+        raise ValueError(f"pattern must be two of {', '.join(ATTENTION)} (or twice the same), got {pattern!r}")
     if min(dim, window, *depths, *heads) < 1:
         raise ValueError(f"dim, window, depths, heads must be at least 1, got {dim=}, {window=}, {depths=}, {heads=}")
     if not 0 <= drop_path_rate < 1:

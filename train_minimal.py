@@ -134,7 +134,7 @@ def training_batches(n, args, first, last):
         if step == first or i == 0:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((args.seed, epoch))))
         for a in range(args.accum):
-            places = range(i * batch, (i + 1) * batch)[a * WORLD_SIZE + RANK::args.accum * WORLD_SIZE]
+            places = range(i * batch + a * WORLD_SIZE + RANK, (i + 1) * batch, args.accum * WORLD_SIZE)
             yield [(int(order[p // args.aug_repeats]), hash((args.seed, epoch, p))) for p in places]
 
 
@@ -157,7 +157,7 @@ def setup_distributed():
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        store = next(dist.rendezvous("env://"))[0]                  # still has addresses from before a restart: prefix
+        store = next(dist.rendezvous("env://"))[0]                  # keeps old addresses: a prefix for each start
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the restarts
         start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK, world_size=WORLD_SIZE)
@@ -232,7 +232,7 @@ def main():
     name = args.model or saved.get("model", "tiny")
     check(name == saved.get("model", name), f"{start} was trained with --model {saved.get('model')}, not {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
-    args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))
+    args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))        # flags override
     for key in (*PAPER, "workers", "save_every"):
         low = key in ("size", "epochs", "batch_size", "accum", "aug_repeats", "save_every")         # 0 or 1
         high = 1 if key in ("label_smoothing", "reprob", "min_scale") else 1e18

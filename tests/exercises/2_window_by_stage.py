@@ -1,6 +1,6 @@
 """Exercise 2: a window size per stage.
 
-Why     At 224 pixels the third stage has 14 x 14 tokens and the last 7 x 7: larger windows cost little there.
+Why     At 224 pixels the third stage has 14 x 14 tokens: a window that covers all of them costs little there.
 Where   `ScalableViT.__init__` in scalablevit.py: let `window` have one value per stage, passed to that stage's blocks;
         `check_arguments` should check it like `heads`.  A single integer must still mean the same window everywhere.
 """

@@ -1,7 +1,7 @@
 """Exercise 3: a new kind of attention.
 
 Why     Axial attention is a compromise between windows and the whole map: every token attends to its row and its
-        column, which reaches every border in one layer and every token in two.
+        column, which reaches every border in one layer and every token in two layers.
 Where   A class `Axial(dim, heads, window)` in scalablevit.py, after `IWSA`, with `qkv`, `proj` and `forward` as in
         `WSA` (`window` is ignored), and "axial" in `ATTENTION`.  `attention` accepts any number of leading dimensions;
         `count_macs` needs no change.
