@@ -75,8 +75,8 @@ class SSA(nn.Module):
     f_k and f_v share one reduction: a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
     LayerNorm, GELU.  Each then has its own linear layer.  (These are the published code's layers; the paper says only
     "convolutions" and "linear projections".  It prints f_v(V) in (3), but means X.)  Zeros on the right and bottom
-    complete the last cells.  If r_n = 1, nothing is reduced and r_c is used in the scale of (2) only (a quirk of the
-    published code).
+    complete the last cells.  If r_n = 1, nothing is reduced, C' = C, and r_c changes only the scale in (2), as in the
+    published code.
 
     MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which is true for a fixed number of keys, N_rn.
     With a fixed r_n the keys grow with N, and it is r_n N² (C + C'): quadratic with a small constant.
@@ -91,7 +91,7 @@ class SSA(nn.Module):
         if self.s > 1:
             self.reduce = nn.Sequential(nn.Conv2d(dim, dim, self.s, stride=self.s, groups=dim),
                                         nn.Conv2d(dim, scaled, kernel_size=1))
-            self.norm = nn.LayerNorm(scaled)           # eps 1e-5, as published; all other LayerNorms use 1e-6
+            self.norm = nn.LayerNorm(scaled)           # eps 1e-5, all others 1e-6: both as published
         self.k = nn.Linear(scaled, scaled)
         self.v = nn.Linear(scaled, dim)
         self.proj = nn.Linear(dim, dim)
@@ -147,9 +147,9 @@ class WSA(nn.Module):
     def attend(self, qkv, top=0, left=0):
         """qkv (B, H, W, 3C) -> merged Z_n of (4), (B, H, W, C).  The first `top` rows, `left` columns are padding."""
         B, H, W, _ = qkv.shape
-        M = min(self.window, max(H, W))                             # at most the longer side
+        M = min(self.window, max(H, W))                             # a small map is one window
         q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
-        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))  # 1 at tokens, 0 at padding; C = 1
+        real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))  # like qkv: 1 if real, else 0
         mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                    # (B·windows, 1, 1, M²)
         z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
         return window_merge(z, H, W, M)

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn        # early: imported later, by DDP, its default arguments keep gloo's threads alive
+import torch.distributed.nn        # here, because the program would not exit if DDP imported it later, after init
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
@@ -89,7 +89,7 @@ def read_image(path, size):
 
 class ImageFolder(Dataset):
     """Images under root/CLASS/, recursively; symlinked subfolders are skipped, as they may form cycles.  An item is the
-    image (size, size, 3), mask (1, size, size) with 0 where erased (or one 1), label, error if replaced, or ""."""
+    image (size, size, 3), its mask (1, size, size or 1, 1), 0 where erased, label, and error if replaced, or ""."""
 
     def __init__(self, root, args, train):
         operation = v2.RandAugment(1, 9, num_magnitude_bins=11, fill=(124, 116, 104))
@@ -128,7 +128,7 @@ class ImageFolder(Dataset):
 
 def training_batches(n, args, first, last):
     """Yield this process's batches of keys (index, seed).  An epoch takes n / aug_repeats of n shuffled images,
-    aug_repeats times each.  Processes take keys in turn, so `mix` pairs the same images however many there are."""
+    aug_repeats times each.  Processes take keys in turn, so `mix` pairs the same images for any number of them."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (batch := WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -157,7 +157,7 @@ def setup_distributed():
     if CUDA:
         torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        store = next(dist.rendezvous("env://"))[0]                  # keeps old addresses: a prefix for each start
+        store = next(dist.rendezvous("env://"))[0]                  # has addresses from before a restart: use prefixes
         alone = os.environ.get("GROUP_WORLD_SIZE") == "1"           # one machine: torchrun counts the restarts
         start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else store.add(f"starts of {RANK}", 1)
         dist.init_process_group(store=dist.PrefixStore(str(start), store), rank=RANK, world_size=WORLD_SIZE)
@@ -232,9 +232,9 @@ def main():
     name = args.model or saved.get("model", "tiny")
     check(name == saved.get("model", name), f"{start} was trained with --model {saved.get('model')}, not {name}")
     preset = {"tiny": TINY if args.data or kept.get("data") else DIGITS, "s": PAPER}.get(name, LARGE)
-    args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))        # flags override
+    args = parser.parse_args(namespace=argparse.Namespace(**preset | {"model": name} | kept))      # flags override it
     for key in (*PAPER, "workers", "save_every"):
-        low = key in ("size", "epochs", "batch_size", "accum", "aug_repeats", "save_every")         # 0 or 1
+        low = key in ("size", "epochs", "batch_size", "accum", "aug_repeats", "save_every")         # lowest value
         high = 1 if key in ("label_smoothing", "reprob", "min_scale") else 1e18
         check(low <= (value := getattr(args, key)) <= high, f"{key} must be from {low:d} to {high}, got {value}")
     check(args.batch_size % 2 == 0 or not args.mixup + args.cutmix, "mixup and CutMix need an even --batch-size")

@@ -88,7 +88,7 @@ def test_a_seed_gives_the_same_run_again_and_every_row_the_same_boards(task, sho
         return boards, labels
 
     monkeypatch.setitem(ablation.TASKS, task, (record, *ablation.TASKS[task][1:]))
-    runs = [ablation.train(row, task, seed) for row, seed in (("SSA", 3), ("SSA", 3), ("LIM", 3), ("SSA", 4))]
+    runs = [ablation.train(row, task, seed) for row, seed in (("SSA", 3), ("SSA", 3), ("IWSA & SSA", 3), ("SSA", 4))]
     for run in runs:
         run.pop("seconds")
     assert runs[0] == runs[1] and runs[0]["curve"] != runs[3]["curve"]
@@ -141,12 +141,13 @@ def test_the_interval_is_that_of_all_resamples(values):
 def test_differences_are_paired_by_seed_and_judged(monkeypatch, tmp_path):
     """Seeds 10 points apart cancel out; a gain of -1 to 1 is told from one of 2 to 4, and of one that is negative."""
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
-    gain = {"IWSA": lambda seed: 2 + seed / 2, "SSA": lambda seed: (seed - 2) / 2, "PEG": lambda seed: -1 - seed,
-            "LIM": lambda seed: 60 - 10 * seed, "PEG and LIM": lambda seed: 59.5 - 10 * seed}
+    gain = {"IWSA": lambda seed: 2 + seed / 2, "SSA": lambda seed: (seed - 2) / 2, "WSA & SSA": lambda seed: -1 - seed,
+            "IWSA & SSA, no PEG": lambda seed: 60 - 10 * seed, "IWSA & SSA": lambda seed: 59.5 - 10 * seed}
     write(ablation.RESULTS, lambda row, task, seed: 40.0 + 10 * seed + gain.get(row, lambda seed: 0)(seed))
     lines = ablation.differences().splitlines()
     for first, second, mean, verdict in (("IWSA", "WSA", 3, "appears"), ("SSA", "WSA", 0, "absent"),
-                                         ("PEG", "neither", -3, "reversed"), ("PEG and LIM", "LIM", -0.5, "ceiling")):
+                                         ("WSA & SSA", "WSA & SSA, no PEG", -3, "reversed"),
+                                         ("IWSA & SSA", "IWSA & SSA, no PEG", -0.5, "ceiling")):
         found, low, high, said = ablation.difference(first, second, "local")
         assert (found, said) == (pytest.approx(mean), verdict) and low - 1e-9 <= found <= high + 1e-9
         line, = (line for line in lines if line.startswith(f"| {first} − {second} |"))
