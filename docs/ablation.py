@@ -7,11 +7,11 @@
 Each run is written to the results file when it finishes, so a stopped program resumes with the next run.  Use a new
 file after a change to a row or to scalablevit.py, which the program does not notice.
 
-A board has 8 x 8 cells.  A cell is one token: the patch embedding is 1x1 here, so it does not mix cells.
+A board is a map of 8 x 8 tokens.  The patch embedding is 1x1 here, so it does not mix them.
 
-    local   cells are black or white; each names the colors of the 12 cells within two steps
-    global  a quarter of the cells are items, with a code of 16 bits and one of four hues; each of the other cells is
-            given the code of one item on the board and names its hue; every item has a twin, one bit away
+    local   tokens are black or white; each names the colors of the 12 tokens within two steps
+    global  a quarter of the tokens are items, with a code of 16 bits and one of four hues; each of the others is given
+            the code of one item on the board and names its hue; every item has a twin, one bit away
 
 The network has one pair of blocks and windows of 2 x 2 tokens.  What was expected of each row, and why: ablation.md.
 """
@@ -60,7 +60,7 @@ CLAIMS = [  # the paper has the first above the second
 
 
 def draw_local(n, generator):
-    """n boards (n, 1, 8, 8) of -1 and 1, and the colors around each cell (n, 12, 8, 8): 0, 1, or -1 off the board."""
+    """n boards (n, 1, 8, 8) of -1 and 1, and the colors around each token (n, 12, 8, 8): 0, 1, or -1 off the board."""
     color = torch.randint(2, (n, 8, 8), generator=generator)
     around = F.pad(color, (2, 2, 2, 2), value=-1)                                       # (n, 12, 12)
     labels = torch.stack([around[:, 2 + y:10 + y, 2 + x:10 + x] for y, x in NEAR], dim=1)
@@ -68,17 +68,17 @@ def draw_local(n, generator):
 
 
 def draw_global(n, generator):
-    """n boards (n, 36, 8, 8) and the hue that each cell asks for (n, 1, 8, 8), -1 for items, which ask for none.
+    """n boards (n, 36, 8, 8) and the hue that each token asks for (n, 1, 8, 8), -1 for items, which ask for none.
 
-    Channels: an item's code (16 of -1 and 1), its hue (4, one-hot), the code that another cell asks with (16).
-    There is one item in each square of 2 x 2 cells, so each key of SSA, which summarizes a square, has one to describe.
+    Channels: an item's code (16 of -1 and 1), its hue (4, one-hot), the code that another token asks with (16).
+    There is one item in each cell of 2 x 2 tokens, so each key of SSA, which summarizes a cell, has one to describe.
     """
     code = 2.0 * torch.randint(2, (n, ITEMS // 2, BITS), generator=generator) - 1
     bit = F.one_hot(torch.randint(BITS, (n, ITEMS // 2), generator=generator), BITS)
     code = torch.cat([code, code * (1 - 2 * bit)], dim=1)                               # (n, 16, 16): twins
     hue = torch.randint(HUES, (n, ITEMS), generator=generator)
     is_item = F.one_hot(torch.randint(4, (n, ITEMS), generator=generator), 4).bool()[..., None]      # (n, 16, 4, 1)
-    wanted = torch.randint(ITEMS, (n, ITEMS * 4), generator=generator)                  # one for each cell
+    wanted = torch.randint(ITEMS, (n, ITEMS * 4), generator=generator)                  # one for each token
     question = code.gather(1, wanted[..., None].expand(-1, -1, BITS)).view(n, ITEMS, 4, BITS)
     cells = torch.cat([is_item * code[:, :, None], is_item * F.one_hot(hue, HUES)[:, :, None], ~is_item * question], 3)
     labels = hue.gather(1, wanted).view(n, ITEMS, 4, 1).masked_fill(is_item, -1)
@@ -86,7 +86,7 @@ def draw_global(n, generator):
     return boards, labels
 
 
-TASKS = {"local": (draw_local, 2, len(NEAR)), "global": (draw_global, HUES, 1)}         # answers, questions to a cell
+TASKS = {"local": (draw_local, 2, len(NEAR)), "global": (draw_global, HUES, 1)}         # answers, questions to a token
 
 
 def train(row, task, seed):

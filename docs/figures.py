@@ -166,8 +166,8 @@ def field(side=28, dim=16):
         column[0].set_title(name, weight="bold")
     for axis, blocks in zip(axes[:, 0], ("1 block", "2 blocks", "4 blocks")):
         axis.set_ylabel(f"after {blocks}")
-    figure.suptitle("What one token (red) depends on: white not at all, pale $10^{-7}$ and less, dark 1 "
-                    "(relative to the largest)\nbelow: share of the map; in brackets: above $10^{-5}$")
+    figure.suptitle("What one token (red) depends on.  White: no influence.  Darker: more, on a logarithmic scale.\n"
+                    "Below: how much of the map has any influence (in brackets: above $10^{-5}$ of the largest)")
     return without_ticks(figure)
 
 
@@ -256,7 +256,7 @@ def learn_boards(rn, rc, updates=1500):
     """
     torch.manual_seed(0)
     net = ScalableViT(**ablation.NET | dict(in_chans=36, rn=(rn,), rc=(rc,)))
-    net.stages[0].embed = PatchEmbed(36, 32, kernel_size=1, stride=1)           # a cell is a token
+    net.stages[0].embed = PatchEmbed(36, 32, kernel_size=1, stride=1)           # does not mix tokens
     head, right, boards_of = torch.nn.Conv2d(32, ablation.HUES, 1), [], torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([*net.parameters(), *head.parameters()], lr=3e-3, fused=True)
     for _ in range(updates):
@@ -271,9 +271,9 @@ def learn_boards(rn, rc, updates=1500):
 
 
 def answers(boards, bits=16):
-    """(B, N, N): whether cell n asks with a code that has just `bits` bits in common with the item in cell m.
+    """(B, N, N): whether token n asks with a code that has just `bits` bits in common with item m's.
 
-    With 16 it is the item that cell n asks for, with 15 that item's twin (or one that is as close by chance).
+    With 16 it is the item that token n asks for, with 15 that item's twin (or one that is as close by chance).
     """
     code, question = boards[:, :16].flatten(2), boards[:, 20:].flatten(2)       # (B, 16, N) each, of -1 and 1
     return question.transpose(1, 2) @ code == 2 * bits - 16
@@ -282,8 +282,8 @@ def answers(boards, bits=16):
 def share_on_the_answer(net, boards):
     """How much attention, from 0 to 1, a question pays to the key of the cell with its answer; mean over questions."""
     A, answer = attention_matrix(net, boards), answers(boards)                  # (B, N, N_rn), (B, N, N)
-    cells = answer.float().view(-1, 1, 8, 8)                                    # a map of each question's answer
-    right = F.avg_pool2d(cells, net.stages[0].blocks[1].attn.s).flatten(1).view_as(A) > 0         # the answer's key
+    where = answer.float().view(-1, 1, 8, 8)                                    # a map of each question's answer
+    right = F.avg_pool2d(where, net.stages[0].blocks[1].attn.s).flatten(1).view_as(A) > 0         # the answer's key
     return (A * right).sum(-1)[answer.any(-1)].mean().item()
 
 
@@ -302,7 +302,7 @@ def looks(networks):
     """
     boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0][:3]  # (3, 36, 8, 8)
     answer, twin = answers(boards), answers(boards, bits=15)
-    figure, axes = plt.subplots(3, 1 + len(networks), figsize=(11, 8.6))
+    figure, axes = plt.subplots(3, 1 + len(networks), figsize=(2.75 * (1 + len(networks)), 8.6))
     for b, row in enumerate(axes):
         n = int(answer[b].any(-1).nonzero()[0])                                 # the first token that asks
         hue = torch.where(boards[b, 16:20].sum(0) > 0, boards[b, 16:20].argmax(0), torch.nan)     # (8, 8)
@@ -311,6 +311,9 @@ def looks(networks):
             A = attention_matrix(net, boards)[b, n]                             # (N_rn,)
             side, cell = round(len(A) ** 0.5), 8 / len(A) ** 0.5
             axis.imshow(A.view(side, side).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=1, cmap="Blues")
+            for line in np.arange(cell, 8, cell):
+                axis.axhline(line, color="grey", linewidth=0.8)
+                axis.axvline(line, color="grey", linewidth=0.8)
             for m, share in enumerate(A.tolist()):
                 axis.text((m % side + 0.5) * cell, (m // side + 0.5) * cell, f"{100 * share:.0f}", ha="center",
                           va="center", color="white" if share > 0.6 else "dimgrey", fontsize=9)
@@ -319,8 +322,8 @@ def looks(networks):
             for m, marker in ((answer[b, n].nonzero(), "o"), (twin[b, n].nonzero(), "s")):
                 axis.plot(m % 8 + 0.5, m // 8 + 0.5, marker + "k", fillstyle="none", markersize=13, markeredgewidth=1.5)
             for line in range(1, 8):
-                axis.axhline(line, color="grey", linewidth=0.8 if line % 2 == 0 else 0.2)
-                axis.axvline(line, color="grey", linewidth=0.8 if line % 2 == 0 else 0.2)
+                axis.axhline(line, color="grey", linewidth=0.2)
+                axis.axvline(line, color="grey", linewidth=0.2)
     for axis, title in zip(axes[0], ("board: items and their hues", *networks)):
         axis.set_title(title)
     return without_ticks(figure)
