@@ -326,7 +326,7 @@ class ScalableViT(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))                                 # (B, num_classes)
 
     def no_weight_decay(self):
-        """Names of the parameters exempt from weight decay: the one-dimensional (biases, norms) and the PEG's."""
+        """Names of the parameters exempt from weight decay, as published: one-dimensional ones and the PEG's."""
         return {name for name, p in self.named_parameters() if p.ndim == 1 or ".peg." in name}
 
     def set_grad_checkpointing(self, enable=True):
@@ -336,7 +336,7 @@ class ScalableViT(nn.Module):
 
 
 def check_arguments(dim, depths, heads, rc, rn, window, drop_path_rate, pattern, **_):
-    """Raise ValueError for arguments that PyTorch would accept but that build a wrong network."""
+    """Raise ValueError for arguments that would build a network that is wrong or fails later."""
     if not len(depths) == len(heads) == len(rc) == len(rn) > 0:
         raise ValueError(f"depths, heads, rc, rn must have one entry per stage, got {depths=}, {heads=}, {rc=}, {rn=}")
     if len(pattern) != 2 or not {*pattern} <= {*ATTENTION}:

@@ -128,7 +128,7 @@ class ImageFolder(Dataset):
 
 def training_batches(n, args, first, last):
     """Yield this process's batches of keys (index, seed).  An epoch takes n / aug_repeats of n shuffled images,
-    aug_repeats times each.  Processes take keys in turn, so `mix` pairs the same images for any number of them."""
+    aug_repeats times each.  Processes take keys in turn, so `mix` pairs the same images in any number of processes."""
     for step in range(first, last):
         epoch, i = divmod(step, n // (batch := WORLD_SIZE * args.accum * args.batch_size))
         if step == first or i == 0:
@@ -224,7 +224,7 @@ def main():
             draw_digits(output / "digits")
     gather(None)                                                    # the other ranks wait for the lock and the digits
     going_on = last_pt.exists() and not args.eval
-    check(going_on or args.eval or not (output / "best.pt").exists(), f"{output} has best.pt but no last.pt: move it")
+    check(going_on or args.eval or not (output / "best.pt").exists(), f"a new run would replace {output}/best.pt")
     start = last_pt if going_on else args.init or (output / "best.pt" if args.eval else None)
     checkpoint = load_checkpoint(start) if start else {}
     saved = checkpoint.get("settings", {})

@@ -149,7 +149,7 @@ def field(side=28, dim=16):
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
             torch.manual_seed(0)
-            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # alternating, as in Swin
+            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # alternating; Swin begins with wsa
             attentions = [SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2) for k in kinds[:n]]
             net = torch.nn.Sequential(*(Block(attn, dim, 4, 0) for attn in attentions)).apply(init_weights).double()
             x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
