@@ -148,17 +148,17 @@ class WSA(nn.Module):
         """qkv (B, H, W, 3C) -> merged Z_n of (4), (B, H, W, C).  The first `top` rows, `left` columns are padding."""
         B, H, W, _ = qkv.shape
         M = min(self.window, max(H, W))                             # a small map is one window
-        q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d) each
+        q, k, v = window_partition(qkv, self.heads, M)                                  # (B·windows, heads, M², d)
         real = F.pad(qkv.new_ones(B, H - top, W - left, 3), (0, 0, left, 0, top, 0))  # like qkv: 1 if real, else 0
         mask = window_partition(real, 1, M)[0].transpose(-2, -1) > 0                    # (B·windows, 1, 1, M²)
-        z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                               # (B·windows, heads, M², d)  (4)
+        z = attention(q, k, v, q.shape[-1] ** -0.5, mask)                              # (B·windows, heads, M², d) (4)
         return window_merge(z, H, W, M)
 
 
 class SWSA(WSA):
     """WSA with windows shifted by half a window, as in Swin (Table 5(a)).
 
-    Padding the top and left by M - ⌊M/2⌋ shifts the grid (Swin rolls the map).  An axis of one window is not shifted.
+    Padding the top and left by M - M//2 shifts the grid (Swin rolls the map).  An axis of one window is not shifted.
     """
 
     def forward(self, x):

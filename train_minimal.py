@@ -103,7 +103,7 @@ class ImageFolder(Dataset):
                         for folder, _, files in sorted(os.walk(os.path.join(root, name))) for file in sorted(files)
                         if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")]
         empty = set(self.classes or "*") - {self.classes[label] for _, label in self.samples}
-        check(not empty, f"no images ({', '.join(IMG_EXTENSIONS)}) in {root}/{', '.join(sorted(empty))}")
+        check(not empty, f"no images ({', '.join(IMG_EXTENSIONS)}) in {root}/{', '.join(sorted(empty)[:9])}")
 
     def random_crop(self, image):
         """v2.RandomResizedCrop and RandomHorizontalFlip in plain Pillow, which is faster for small images."""
@@ -244,7 +244,7 @@ def main():
     train_set = val_set if args.eval else ImageFolder(data / "train", args, train=True)
     classes, n, batch = train_set.classes, len(train_set.samples), WORLD_SIZE * args.accum * args.batch_size
     steps = n // batch                                              # an epoch is `steps` steps of `batch` images
-    check(classes == val_set.classes, f"{data}: only in train or val: {', '.join({*classes} ^ {*val_set.classes})}")
+    check(classes == val_set.classes, f"{data}: only in train or val: {sorted({*classes} ^ {*val_set.classes})[:9]}")
     check(steps or args.eval, f"a step takes {batch} images, but there are {n}: lower --batch-size or --accum")
     settings = {k: "" if (v := getattr(args, k, None)) is None else v for k in SETTINGS} | {"extent": [n, batch]}
     changed = {key: saved.get(key) for key in settings if going_on and settings[key] != saved.get(key)}

@@ -48,7 +48,7 @@ ROWS = {  # name: (arguments, Top-1 and mIoU in the paper)
     "LEM & SSA, no PEG": (dict(pattern=("lem", "ssa"), peg=False), 82.8, None),         # LEM
     "IWSA & SSA, no PEG": (dict(pattern=("iwsa", "ssa"), peg=False), 83.0, 43.7),       # LIM
     "LEM & SSA": (dict(pattern=("lem", "ssa")), 83.0, 41.1),                            # PEG and LEM; Table 7
-    "IWSA & SSA": (dict(pattern=("iwsa", "ssa")), 83.1, 44.9),                          # PEG and LIM, the network itself
+    "IWSA & SSA": (dict(pattern=("iwsa", "ssa")), 83.1, 44.9),                          # PEG and LIM: the network
 }
 CLAIMS = [  # the paper has the first above the second
     ("IWSA", "WSA"), ("SSA", "WSA"), ("SSA", "SSA, r_c = 1"), ("IWSA & SSA", "IWSA"), ("IWSA & SSA", "SSA"),

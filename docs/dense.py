@@ -119,7 +119,7 @@ def pretrained(name, file=None):
         if "patch_embeds.0.proj.weight" in weights:
             config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)
     build = getattr(scalablevit, f"scalablevit_{name}")
-    if (dim := config.get("dim")) not in (None, build.keywords["dim"]):
+    if weights and (dim := len(weights["stages.0.embed.norm.weight"])) != build.keywords["dim"]:
         raise SystemExit(f"{file} is not a scalablevit_{name}: it has {dim} channels, not {build.keywords['dim']}")
     backbone = build(**config | {"num_classes": 0})
     if weights:

@@ -132,9 +132,7 @@ def maps(image=DOCS / "cat.jpg", weights=None, data=None):
             H, W = tokens.shape[:2]
             beside.imshow(picture, extent=(0, W, H, 0))
             beside.set_xlabel(f"block {n}: {H} × {W} tokens")
-            for border in range(M, max(H, W), M):
-                beside.axhline(border, color="white", linewidth=0.5)
-                beside.axvline(border, color="white", linewidth=0.5)
+            grid(beside, range(M, max(H, W), M), color="white", linewidth=0.5)
         column[0].set_title(name, weight="bold")
     return without_ticks(figure)
 
@@ -149,7 +147,7 @@ def field(side=28, dim=16):
     for column, (kind, name) in zip(axes.T, NAMES.items()):
         for axis, n in zip(column, (1, 2, 4)):
             torch.manual_seed(0)
-            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # alternating; Swin begins with wsa
+            kinds = ("swsa", "wsa") * 2 if kind == "swsa" else (kind,) * 4            # Swin begins with wsa
             attentions = [SSA(dim, 2, 1.25, 1 / 16) if k == "ssa" else ATTENTION[k](dim, 2) for k in kinds[:n]]
             net = torch.nn.Sequential(*(Block(attn, dim, 4, 0) for attn in attentions)).apply(init_weights).double()
             x = torch.randn(1, side, side, dim, dtype=torch.float64, requires_grad=True)
@@ -158,9 +156,7 @@ def field(side=28, dim=16):
             shown = torch.where(size > 0, size / size.max(), torch.nan).log10().clamp(min=-7)
             axis.imshow(shown.numpy(), cmap="Blues", vmin=-9, vmax=0)
             axis.plot(17, 14, "r+", markersize=8, markeredgewidth=2)
-            for border in range(7, side, 7):
-                axis.axhline(border - 0.5, color="grey", linewidth=0.4)
-                axis.axvline(border - 0.5, color="grey", linewidth=0.4)
+            grid(axis, np.arange(7, side, 7) - 0.5, linewidth=0.4)
             strong = 100 * (size > 1e-5 * size.max()).double().mean()
             axis.set_xlabel(f"{100 * (size > 0).double().mean():.0f} % of the map ({strong:.0f} %)")
         column[0].set_title(name, weight="bold")
@@ -198,18 +194,15 @@ def influence(module, x, row, column):
     return (module(changed) - module(x))[0].norm(dim=-1)
 
 
-def show_influence(moved, row, column, M=7):
-    """Maps {title: (H, W)} of `influence` on one logarithmic scale, with the changed token and the windows' borders."""
-    low, high = 1e-4, max(map.max() for map in moved.values())
-    shades = [map.clamp(min=low).log10().where(map > 0, torch.nan) for map in moved.values()]
-    border = (column // M + 1) * M                                  # the next one to the right of the changed token
-    titles = [f"{title}: {int((map[:, :border] > 0).sum())} left of the border, {int((map[:, border:] > 0).sum())} right"
-              for title, map in moved.items()]
-    for axis, map in zip(side_by_side(shades, titles, vmin=np.log10(low), vmax=np.log10(high)), moved.values()):
+def show_influence(moved, row, column):
+    """Maps {title: (14, 14)} of `influence` on one logarithmic scale, with the changed token and borders of windows."""
+    low, high = 1e-4, max(size.max() for size in moved.values())
+    shades = [size.clamp(min=low).log10().where(size > 0, torch.nan) for size in moved.values()]
+    titles = [f"{title}: {int((size[:, :7] > 0).sum())} left of the border, {int((size[:, 7:] > 0).sum())} right"
+              for title, size in moved.items()]
+    for axis in side_by_side(shades, titles, vmin=np.log10(low), vmax=np.log10(high)):
         axis.plot(column, row, "r+")
-        for place in range(M, max(map.shape), M):
-            axis.axhline(place - 0.5, color="grey")
-            axis.axvline(place - 0.5, color="grey")
+        grid(axis, [6.5])
 
 
 def side_by_side(pictures, titles, **options):
@@ -295,35 +288,31 @@ def right_with_common_hue(boards, hues):
 
 
 def looks(networks):
-    """Three boards with the hues of their items, and what networks {title: net} attend to in the first question of each.
+    """Three boards with the hues of their items, and what networks {title: net} attend to in each one's first question.
 
     Red cross: the token that asks.  Circle: the item that it asks for.  Square: that item's twin.
     Numbers: percent of the attention on each cell, which is one key.
     """
     boards = ablation.draw_global(64, torch.Generator().manual_seed(1))[0][:3]  # (3, 36, 8, 8)
     answer, twin = answers(boards), answers(boards, bits=15)
+    attended = [attention_matrix(net, boards) for net in networks.values()]     # (3, 64, N_rn) each
     figure, axes = plt.subplots(3, 1 + len(networks), figsize=(2.75 * (1 + len(networks)), 8.6))
     for b, row in enumerate(axes):
         n = int(answer[b].any(-1).nonzero()[0])                                 # the first token that asks
         hue = torch.where(boards[b, 16:20].sum(0) > 0, boards[b, 16:20].argmax(0), torch.nan)     # (8, 8)
         row[0].imshow(hue.numpy(), extent=(0, 8, 8, 0), cmap="Set2", vmin=0, vmax=7)
-        for axis, net in zip(row[1:], networks.values()):
-            A = attention_matrix(net, boards)[b, n]                             # (N_rn,)
-            side, cell = round(len(A) ** 0.5), 8 / len(A) ** 0.5
-            axis.imshow(A.view(side, side).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=1, cmap="Blues")
-            for line in np.arange(cell, 8, cell):
-                axis.axhline(line, color="grey", linewidth=0.8)
-                axis.axvline(line, color="grey", linewidth=0.8)
-            for m, share in enumerate(A.tolist()):
+        for axis, A in zip(row[1:], attended):
+            side, cell = round(A.shape[2] ** 0.5), 8 / A.shape[2] ** 0.5
+            axis.imshow(A[b, n].view(side, side).numpy(), extent=(0, 8, 8, 0), vmin=0, vmax=1, cmap="Blues")
+            grid(axis, np.arange(cell, 8, cell), linewidth=0.8)
+            for m, share in enumerate(A[b, n].tolist()):
                 axis.text((m % side + 0.5) * cell, (m // side + 0.5) * cell, f"{100 * share:.0f}", ha="center",
                           va="center", color="white" if share > 0.6 else "dimgrey", fontsize=9)
         for axis in row:
             axis.plot(n % 8 + 0.5, n // 8 + 0.5, "r+", markersize=12, markeredgewidth=2)
             for m, marker in ((answer[b, n].nonzero(), "o"), (twin[b, n].nonzero(), "s")):
                 axis.plot(m % 8 + 0.5, m // 8 + 0.5, marker + "k", fillstyle="none", markersize=13, markeredgewidth=1.5)
-            for line in range(1, 8):
-                axis.axhline(line, color="grey", linewidth=0.2)
-                axis.axvline(line, color="grey", linewidth=0.2)
+            grid(axis, range(1, 8), linewidth=0.2)
     for axis, title in zip(axes[0], ("board: items and their hues", *networks)):
         axis.set_title(title)
     return without_ticks(figure)
@@ -390,6 +379,13 @@ def curves(log):
         axis.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], "o-", markersize=3)
         axis.set(xlabel="epoch", title=label)
     return figure
+
+
+def grid(axis, places, color="grey", **style):
+    """Horizontal and vertical lines at the same places."""
+    for place in places:
+        axis.axhline(place, color=color, **style)
+        axis.axvline(place, color=color, **style)
 
 
 def without_ticks(figure):

@@ -150,6 +150,7 @@ def test_a_backbone_loads_the_weights_of_a_file(tmp_path, monkeypatch):
         backbone = dense.pretrained("tiny", tmp_path / "weights.pt")
         assert backbone.state_dict().keys() == weights.keys() - {"head.weight", "head.bias"}
         assert all(torch.equal(w, weights[name]) for name, w in backbone.state_dict().items())
-    torch.save({"model": weights, "config": classifier.config}, tmp_path / "weights.pt")
-    with pytest.raises(SystemExit, match="is not a scalablevit_s: it has 24 channels, not 64"):
-        dense.pretrained("s", tmp_path / "weights.pt")
+    for checkpoint in (weights, {"model": weights, "config": classifier.config}, {"model": published}):
+        torch.save(checkpoint, tmp_path / "weights.pt")
+        with pytest.raises(SystemExit, match="is not a scalablevit_s: it has 24 channels, not 64"):
+            dense.pretrained("s", tmp_path / "weights.pt")

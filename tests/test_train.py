@@ -597,7 +597,7 @@ def test_an_unreadable_validation_image_ends_the_run_without_losing_the_epoch(fa
     (tmp_path / "data" / "val" / "cat").mkdir()
     assert ".png, " in (sentence := fail(call(*args))) and f"in {tmp_path / 'data' / 'val'}/cat" in sentence
     shutil.copy(file, tmp_path / "data" / "val" / "cat")
-    assert "only in train or val: cat" in fail(call(*args))
+    assert "only in train or val: ['cat']" in fail(call(*args))
 
 
 @pytest.mark.parametrize("args, message", [
