@@ -128,7 +128,7 @@ def window_partition(x, M):
 
 def window_merge(windows, H, W, M):
     """Undo the partition: (B·windows, M², C) -> (B, H, W, C), with the padding cropped."""
-    h, w = math.ceil(H / M), math.ceil(W / M)                       # windows per column and per row
+    h, w = -(-H // M), -(-W // M)                                   # ⌈H/M⌉ x ⌈W/M⌉ windows
     x = windows.unflatten(1, (M, M)).unflatten(0, (-1, h, w))       # (B, h, w, M, M, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
