@@ -16,6 +16,7 @@ sys.path.insert(0, str(DOCS))
 import helpers
 import network
 import scalablevit
+import steps
 from scalablevit import SWSA, ScalableViT, count_macs, scalablevit_tiny
 from test_published import OFFICIAL
 
@@ -150,23 +151,84 @@ def test_networks_learn_from_boards_and_are_drawn(figures):
     assert len(figures.looks({"a": net, "b": net}).axes) == 9
 
 
-@pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_tiny"])
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    """All strings of a drawing, subscripts included."""
+    root = xml.etree.ElementTree.fromstring(svg)
+    return {"".join(text.itertext()).replace("\u200b", "") for text in root.iter(SVG + "text")}
+
+
+@pytest.mark.parametrize("name", ["scalablevit_s", "scalablevit_l", "scalablevit_tiny"])
 def test_the_network_is_drawn_with_the_shapes_of_its_layers(name):
     """The output shapes of the layers on the meta device; in the first stage N x C is "3136 × 64"."""
-    svg = xml.etree.ElementTree.fromstring(network.draw(name))
-    texts = {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    shapes = {}
     with torch.device("meta"):
-        model, shapes = getattr(scalablevit, name)(), {}
+        model = getattr(scalablevit, name)()
         for layer, module in model.named_modules():
             module.register_forward_hook(lambda _, args, out, layer=layer: shapes.update({layer: out.shape}))
         model(torch.empty(1, 3, 224, 224))
+    drawn = texts(network.pyramid(name))
     for i, stage in enumerate(model.stages):
         _, H, W, C = shapes[f"stages.{i}"]
-        assert {f"stage {i + 1}: {len(stage.blocks)} blocks", f"H/{224 // H} × W/{224 // W} = {H} × {W}"} <= texts
-        assert f"C = {C}, {stage.blocks[0].attn.heads} heads" in texts
-    (_, H, W, scaled), (_, h, w, C) = (shapes[f"stages.0.blocks.1.attn.{layer}"] for layer in "qv")
-    assert {f"{H * W} × {C}", f"{H * W} × {scaled}", f"{h * w} × {scaled}", f"{h * w} × {C}", f"{H * W} × {h * w}",
-            f"{C} → {shapes['stages.0.blocks.0.mlp.fc1'][-1]} → {C}"} <= texts
+        assert f"stage {i + 1}" in drawn
+        assert f"{len(stage.blocks)} blocks" in drawn
+        assert f"{H} × {W} tokens" in drawn
+        assert f"C = {C}, {stage.blocks[0].attn.heads} heads" in drawn
+    _, H, W, scaled = shapes["stages.0.blocks.1.attn.q"]
+    _, h, w, C = shapes["stages.0.blocks.1.attn.v"]
+    drawn = texts(network.attention(name))
+    for shape in ((H * W, C), (H * W, scaled), (h * w, scaled), (h * w, C), (H * W, h * w)):
+        assert f"{shape[0]} × {shape[1]}" in drawn
+    hidden = shapes["stages.0.blocks.0.mlp.fc1"][-1]
+    assert f"{C}→{hidden}→{C}" in texts(network.block(name))
+
+
+@pytest.mark.parametrize("side, window, row, column", [(6, 3, 2, 2), (8, 4, 3, 5), (4, 2, 0, 0)])
+def test_the_steps_of_iwsa_are_those_of_the_definition(side, window, row, column):
+    """A token of value window²: 1 in all of its window, and window² / 9 in the 3 x 3 tokens around it."""
+    numbers = steps.iwsa_numbers(side, window, row, column, value=9 * window ** 2)
+    for y in range(side):
+        for x in range(side):
+            own = y // window == row // window and x // window == column // window
+            near = abs(y - row) <= 1 and abs(x - column) <= 1
+            assert numbers["V"][y, x] == 9 * window ** 2 * (y == row and x == column)
+            assert numbers["Z"][y, x] == 9 * own
+            assert numbers["Y"][y, x] == window ** 2 * near
+            assert numbers["Z'"][y, x] == 9 * own + window ** 2 * near
+
+
+def test_the_steps_of_ssa_are_those_of_the_definition():
+    """A cell's key has most of the kind that the cell has most of; every query finds its own kind."""
+    numbers = steps.ssa_numbers()
+    A, keys = numbers["A"], numbers["K'"]
+    assert A.shape == (16, 4)
+    torch.testing.assert_close(A.sum(1), torch.ones(16))
+    for cell in range(4):
+        r, c = 2 * (cell // 2), 2 * (cell % 2)
+        kinds = steps.MAP[r:r + 2, c:c + 2].flatten().tolist()
+        assert keys[cell].argmax() == max(range(4), key=kinds.count)
+    assert A.argmax(1).tolist() == steps.MAP.flatten().tolist()
+
+
+def test_drawings_are_kept_as_they_are_drawn():
+    """Run docs/steps.py and docs/network.py after a change."""
+    drawn = {"iwsa_steps": steps.iwsa, "ssa_steps": steps.ssa, "pyramid": network.pyramid,
+             "block": network.block, "attention": network.attention}
+    for name, draw in drawn.items():
+        assert (DOCS / f"{name}.svg").read_text(encoding="utf-8") == draw(), name
+
+
+@pytest.mark.parametrize("file", ["iwsa_steps", "ssa_steps", "pyramid", "block", "attention"])
+def test_drawings_can_be_read_from_the_last_row(file):
+    """Text has 18 pixels for a picture 1000 wide, and 70 % of that in subscripts; it lies inside."""
+    root = xml.etree.ElementTree.parse(DOCS / f"{file}.svg").getroot()
+    wide, tall = [float(n) for n in root.get("viewBox").split()[2:]]
+    for text in root.iter(SVG + "text"):
+        assert float(text.get("font-size")) * 1000 / wide >= 17.9
+        assert 0 <= float(text.get("x")) <= wide
+        assert 0 <= float(text.get("y")) <= tall
 
 
 def test_load_reads_what_the_parameters_do_not_tell(figures, tmp_path):
