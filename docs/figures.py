@@ -258,10 +258,14 @@ def outline(axis, row, column, side=1, shift=0.5):
 
 
 # ---------------------------------------------------------------------------- windows and LIM
-def window_attentions(dim, heads):
+def window_attentions(dim, heads, window=7):
     """WSA, LEM and IWSA by kind, with the same random weights: LEM's convolution is IWSA's."""
     torch.manual_seed(0)
-    modules = {"wsa": WSA(dim, heads), "lem": LEM(dim, heads), "iwsa": IWSA(dim, heads)}
+    modules = {
+        "wsa": WSA(dim, heads, window),
+        "lem": LEM(dim, heads, window),
+        "iwsa": IWSA(dim, heads, window),
+    }
     weights = modules["iwsa"].state_dict()
     modules["wsa"].load_state_dict(weights, strict=False)
     renamed = {name.replace("lim", "lem"): w for name, w in weights.items()}
@@ -578,6 +582,28 @@ def curves(log):
         axis.plot(at, [epoch[key] for epoch in epochs], "o-", color="black")
         axis.set(xlabel="epoch", title=title)
     return figure
+
+
+def answers(run, each=2):
+    """Images of train_minimal.py's digits, with the answers of the run's best network."""
+    best = torch.load(run / "best.pt", weights_only=True)
+    model = ScalableViT(**best["config"]).eval()
+    model.load_state_dict(best["model"])
+    classes = best["classes"]
+    pictures = []
+    truth = []
+    for label in classes:
+        for i in range(each):
+            pictures.append(Image.open(run / "digits" / "val" / label / f"{i:03}.png"))
+            truth.append(label)
+    with torch.no_grad():
+        best_guess = model(to_batch(pictures)).argmax(1)
+    figure, axes = plt.subplots(2, len(pictures) // 2, figsize=(13, 3.4))
+    for axis, picture, guess, label in zip(axes.flat, pictures, best_guess, truth):
+        axis.imshow(picture)
+        answer = classes[guess]
+        axis.set_title(answer, color="black" if answer == label else "red")
+    return without_ticks(figure)
 
 
 def side_by_side(pictures, titles, **options):
