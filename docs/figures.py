@@ -10,7 +10,7 @@
     python docs/figures.py curves --log runs/tiny/log.jsonl             a run of train_minimal.py
 
 Each picture is a function that returns a figure; in a notebook: import figures; figures.field().
---weights takes checkpoints of train_minimal.py, published models or plain state dicts.
+--weights takes what scalablevit.load_model does: checkpoints of train_minimal.py, published models.
 """
 import argparse
 import contextlib
@@ -38,8 +38,8 @@ import ablation  # noqa: E402
 import scalablevit  # noqa: E402
 from drawing import COLORS, NAMES  # noqa: E402
 from scalablevit import (  # noqa: E402
-    ATTENTION, IWSA, LEM, SSA, SWSA, WSA, Block, PatchEmbed, ScalableViT, init_weights, convert_official,
-    official_kwargs, scalablevit_s, scalablevit_tiny, window_merge)
+    ATTENTION, IWSA, LEM, SSA, SWSA, WSA, Block, PatchEmbed, ScalableViT, init_weights, load_model,
+    merge_heads, scalablevit_s, scalablevit_tiny, window_merge)
 from steps import set_to_means  # noqa: E402
 
 PHOTOS = sorted((DOCS / "photos").glob("*.jpg"))
@@ -108,36 +108,17 @@ def classify(model, images, steps):
                 break
 
 
-def load(file):
+def load(file, **changes):
     """The network stored in a file, without its head, and its name: "WSA", "IWSA & SSA", ..."""
-    with torch.serialization.safe_globals([argparse.Namespace]):     # published files may hold training arguments
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    weights, known = checkpoint.get("model", checkpoint), checkpoint.get("config", {})
-    if "patch_embeds.0.proj.weight" in weights:
-        weights, known = convert_official(weights), official_kwargs(weights)
-    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-    stages = range(len({name.split(".")[1] for name in weights if name.startswith("stages.")}))
-    depths = [len({name.split(".")[3] for name in weights if name.startswith(f"stages.{i}.blocks.")}) for i in stages]
-    dim, telling = len(weights["stages.0.embed.norm.weight"]), {"iwsa": "lim", "lem": "lem", "ssa": "k"}
-    layers = [{name.split(".")[5] for name in weights if name.startswith(f"stages.0.blocks.{j}.attn.")} for j in (0, 1)]
-    pattern = [next((kind for kind, layer in telling.items() if layer in own), "wsa") for own in layers]
-    if dim not in (24, 64, 96, 128):
-        raise SystemExit(f"{file}: no scalablevit_* has {dim} channels in its first stage")
-    heads = [max(dim // 32, 1) * 2 ** i for i in stages]            # true for all four sizes; parameters do not tell
-    rc = [1.0] * len(depths)
-    if "ssa" in pattern:
-        j = pattern.index("ssa")
-        rc = [len(weights[f"stages.{i}.blocks.{j}.attn.q.weight"]) / (dim * 2 ** i) for i in stages]
-    model = ScalableViT(**dict(dim=dim, depths=depths, heads=heads, rc=rc, pattern=pattern,
-                               peg="stages.0.peg.conv.weight" in weights) | known | dict(num_classes=0))
-    model.load_state_dict(weights)
-    return model.eval(), " & ".join(dict.fromkeys(kind.upper() for kind in model.config["pattern"]))
+    model = load_model(file, num_classes=0, **changes)
+    kinds = dict.fromkeys(model.config["pattern"])
+    return model, " & ".join(NAMES[kind] for kind in kinds)
 
 
-def photograph(file, size):
-    """A picture of size x size, cut from the middle."""
+def photograph(file, size, shorter=None):
+    """A picture of size x size, cut from the middle after its shorter side was made `shorter`."""
     picture = Image.open(file).convert("RGB")
-    return v2.Compose([v2.Resize(size), v2.CenterCrop(size)])(picture)
+    return v2.Compose([v2.Resize(shorter or size), v2.CenterCrop(size)])(picture)
 
 
 def to_batch(pictures):
@@ -361,7 +342,8 @@ def unfolded(attn, weights, H, W):
         return weights[0].unflatten(2, keys).unflatten(1, (H, W))
     M = round(weights.shape[-1] ** 0.5)                             # (windows, heads, M², M²)
     top, left = shift(attn, H, W)
-    merged = window_merge(weights, H + top, W + left, M)[0, top:, left:]        # (H, W, heads·M²)
+    queries = merge_heads(weights)                                  # (windows, M², heads·M²)
+    merged = window_merge(queries, H + top, W + left, M)[0, top:, left:]
     return merged.unflatten(2, (attn.heads, M, M)).permute(2, 0, 1, 3, 4)
 
 
@@ -406,11 +388,11 @@ def ssa_matrices(model, images, stage):
     return [seen[name] for name in "qkv"]
 
 
-LAYERS = ("stages.1.blocks.0.attn", "stages.1.blocks.1.attn")
+LAYERS = ("stages.2.blocks.0.attn", "stages.2.blocks.1.attn")
 PLACES = {"cat": (0.38, 0.2), "astronaut": (0.2, 0.43)}              # (y, x): an eye, a face
 
 
-def attention(file, photos=PHOTOS, size=112, layers=LAYERS):
+def attention(file, photos=PHOTOS, size=224, layers=LAYERS):
     """What one token of PLACES attends to, drawn over its photograph; a column for each layer."""
     model, _ = load(file)
     figure, axes = plt.subplots(len(PLACES), 1 + len(layers), figsize=(10.5, 7), squeeze=False)
@@ -418,10 +400,9 @@ def attention(file, photos=PHOTOS, size=112, layers=LAYERS):
     for line, photo in zip(axes, chosen):
         y, x = PLACES[photo.stem]
         picture = photograph(photo, size)
-        shown = photograph(photo, 224)
-        gray = np.asarray(shown.convert("L"))
+        gray = np.asarray(picture.convert("L"))
         maps = attention_maps(model, to_batch([picture])[0])
-        line[0].imshow(shown, extent=(0, 1, 1, 0))
+        line[0].imshow(picture, extent=(0, 1, 1, 0))
         for axis, name in zip(line[1:], layers):
             attn = model.get_submodule(name)
             H, W = maps[name].shape[1:3]
@@ -586,20 +567,21 @@ def curves(log):
 
 def answers(run, each=2):
     """Images of train_minimal.py's digits, with the answers of the run's best network."""
+    model = load_model(run / "best.pt")
     best = torch.load(run / "best.pt", weights_only=True)
-    model = ScalableViT(**best["config"]).eval()
-    model.load_state_dict(best["model"])
     classes = best["classes"]
+    size = best["settings"]["size"]
     pictures = []
     truth = []
     for label in classes:
         for i in range(each):
-            pictures.append(Image.open(run / "digits" / "val" / label / f"{i:03}.png"))
+            file = run / "digits" / "val" / label / f"{i:03}.png"
+            pictures.append(photograph(file, size, round(size * 256 / 224)))    # as in training
             truth.append(label)
     with torch.no_grad():
-        best_guess = model(to_batch(pictures)).argmax(1)
+        guesses = model(to_batch(pictures)).argmax(1)
     figure, axes = plt.subplots(2, len(pictures) // 2, figsize=(13, 3.4))
-    for axis, picture, guess, label in zip(axes.flat, pictures, best_guess, truth):
+    for axis, picture, guess, label in zip(axes.flat, pictures, guesses, truth):
         axis.imshow(picture)
         answer = classes[guess]
         axis.set_title(answer, color="black" if answer == label else "red")
@@ -626,9 +608,11 @@ def without_ticks(figure):
 
 # ---------------------------------------------------------------------------- files
 def save(figure, file):
-    """Save as an SVG, or as a PNG of 160 dpi with 256 colors, a third of the size."""
+    """Save as an SVG, a JPEG, or a PNG of 160 dpi with 256 colors, a third of the size."""
     if file.suffix == ".svg":
         figure.savefig(file, metadata={"Date": None})
+    elif file.suffix == ".jpg":
+        figure.savefig(file, dpi=160, pil_kwargs={"quality": 85})
     else:
         png = io.BytesIO()
         figure.savefig(png, dpi=160)
@@ -644,14 +628,14 @@ def drawn(name, args):
         rows = ["WSA", "SSA, r_c = 1", "SSA"]
         return maps({row: trained(row, args.data) for row in rows})
     if name == "attention":
-        file = args.weights or trained("IWSA & SSA", args.data)
+        file = args.weights or trained("IWSA & SSA", args.data, size=224, steps=300)
         return attention(file)
     if name == "curves":
         return curves(args.log)
     return {"field": field, "ramp": ramp, "cost": cost}[name]()
 
 
-FILES = {"field": "png", "ramp": "svg", "cost": "svg", "maps": "png", "attention": "png",
+FILES = {"field": "png", "ramp": "svg", "cost": "svg", "maps": "png", "attention": "jpg",
          "curves": "svg"}
 
 

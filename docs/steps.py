@@ -186,7 +186,7 @@ def ssa_numbers(share=0.74):
         layer_of = getattr(layer, name)
         layer_of.register_forward_hook(lambda _, args, y, name=name: seen.update({name: y}))
     layer(x)
-    scores = layer.scale * seen["k"].flatten(0, 2)[:, 0]            # of a query of the first kind
+    scores = layer.scale * seen["k"].flatten(0, -2)[:, 0]            # of a query of the first kind
 
     low, high = 0.0, 20.0                                           # bisect for the scale of W_q
     for _ in range(60):
@@ -195,7 +195,7 @@ def ssa_numbers(share=0.74):
         low, high = (middle, high) if reached < share else (low, middle)
     layer.q.weight[:] = low * torch.eye(4)
     out = layer(x)
-    q, k, v = (seen[name].flatten(1, 2)[0] for name in "qkv")       # (16, 4), (4, 4), (4, 4)
+    q, k, v = (seen[name].flatten(0, -2) for name in "qkv")       # (16, 4), (4, 4), (4, 4)
     A = attention(q, k, torch.eye(len(k)), layer.scale)             # V' = 1: the matrix itself
     torch.testing.assert_close(A @ v, out[0].flatten(0, 1))
     return {"Q'": q, "K'": k, "V'": v, "A": A, "Z'": out[0]}

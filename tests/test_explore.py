@@ -4,14 +4,20 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+
+from drawing import COLORS
 from scalablevit import ATTENTION, SSA, Block
 from test_receptive_field import field
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "explore.html").read_text(encoding="utf-8")
+KINDS = ["wsa", "lem", "iwsa", "swsa", "ssa"]
+PAGE = (DOCS / "explore.html").read_text(encoding="utf-8")
 RULES = re.search(r'<script id="rules">(.*?)</script>', PAGE, re.DOTALL)[1]
 
 
@@ -38,7 +44,7 @@ def layer(kind, M):
 
 
 @pytest.mark.parametrize("H, W, M", [(7, 9, 3), (8, 5, 4), (4, 6, 5)])
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_rule_is_that_of_the_layer(kind, H, W, M):
     assert torch.equal(page([kind], H, W, M), field(layer(kind, M), H, W))
 
@@ -65,7 +71,4 @@ def test_the_page_needs_nothing_else():
     """No other file and no network; the palette is that of the pictures."""
     assert re.findall(r"""(?:src|href)=|@import|url\(|fetch\(""", PAGE) == []
     found = dict(re.findall(r'(\w+): "(#[0-9A-F]{6})"', PAGE))
-    import sys
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs"))
-    from drawing import COLORS
-    assert found == {kind: COLORS[kind] for kind in ATTENTION}
+    assert found == {kind: COLORS[kind] for kind in KINDS}
