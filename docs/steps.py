@@ -79,79 +79,91 @@ def iwsa_numbers(side=6, window=3, row=2, column=2, value=9):
     return numbers
 
 
+M = 3                       # window of the drawing, in tokens
+SIDE = 28                   # of a token, in pixels
+GAP = 14                    # between windows that are cut apart
+
+
+def place(x, y, row, column, gap):
+    """Top left corner of a token on a map at (x, y)."""
+    left = x + column * SIDE + column // M * gap
+    top = y + row * SIDE + row // M * gap
+    return left, top
+
+
+def paint(d, left, top, attended, convolved):
+    """A token's color: from attention, from LIM, or half of each."""
+    right = left + SIDE
+    bottom = top + SIDE
+    upper = [(left, top), (right, top), (left, bottom)]
+    lower = [(right, top), (right, bottom), (left, bottom)]
+    whole = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    if attended:
+        d.triangle(upper if convolved else whole, COLORS["wsa"], 0.75)
+    if convolved:
+        d.triangle(lower if attended else whole, COLORS["lim"], 0.75)
+
+
+def tokens(d, x, y, numbers, attended=None, convolved=None, gap=0):
+    """A map of 6 x 6 tokens, cut into windows if there is a gap; 0s are left out.
+
+    attended, convolved: maps that are not 0 where a color from attention or LIM belongs.
+    """
+    for row in (0, M):
+        for column in (0, M):
+            left, top = place(x, y, row, column, gap)
+            d.grid(left, top, M, M, SIDE)
+    nothing = torch.zeros_like(numbers)
+    by_attention = nothing if attended is None else attended
+    by_lim = nothing if convolved is None else convolved
+    for row, column in numbers.nonzero().tolist():
+        left, top = place(x, y, row, column, gap)
+        number = numbers[row, column].item()
+        if number == 9:
+            d.rect(left, top, SIDE, SIDE, "var(--line)", "none", tint=0.5)
+        paint(d, left, top, by_attention[row, column] > 0, by_lim[row, column] > 0)
+        d.text(left + SIDE / 2, top + SIDE / 2, str(number))
+    if gap == 0:
+        whole = 2 * M * SIDE
+        middle = M * SIDE
+        path = f"M{x + middle} {y}v{whole}M{x} {y + middle}h{whole}"
+        d.lines.append(f'<path d="{path}" stroke="var(--ink)" stroke-width="1.5"/>')
+
+
 def iwsa():
     """V -> windows -> attention -> Z, and V -> LIM -> Y; then Z' = Z + Y.  SVG text."""
     numbers = iwsa_numbers()
     v, z, y, out = numbers.values()
-    M, side = 3, 28
-    whole, apart = 6 * side, 6 * side + 14
+    own = (z > 0).sum().item()
+    beyond = ((y > 0) & (z == 0)).sum().item()
+    both = ((y > 0) & (z > 0)).sum().item()
+    assert (own, beyond, both) == (9, 5, 4)
+    assert set(out.flatten().tolist()) == {0, 1, 2}
     d = Drawing(1000, 500, "IWSA step by step on a map of 6 x 6 tokens", highlighted(5))
-
-    def number(x0, y0, r, c, gap, text):
-        left = x0 + c * side + c // M * gap
-        top = y0 + r * side + r // M * gap
-        d.text(left + side / 2, top + side / 2, text)
-        return left, top
-
-    def paint(left, top, attended, convolved):
-        """A token's color: from attention, from LIM, or half of each."""
-        corners = [(left, top), (left + side, top), (left + side, top + side), (left, top + side)]
-        if attended:
-            d.triangle(corners[:2] + corners[3:] if convolved else corners, COLORS["wsa"], 0.75)
-        if convolved:
-            d.triangle(corners[1:] if attended else corners, COLORS["lim"], 0.75)
-
-    def tokens(x0, y0, matrix, attended=None, convolved=None, gap=0):
-        """A map, cut into windows if there is a gap; 0s are left out."""
-        for i in range(0, 6, M):
-            for j in range(0, 6, M):
-                shift = gap // 14
-                left = x0 + j * side + j // M * 14 * shift
-                top = y0 + i * side + i // M * 14 * shift
-                d.grid(left, top, M, M, side)
-        for r, c in matrix.nonzero().tolist():
-            left = x0 + c * side + c // M * gap
-            top = y0 + r * side + r // M * gap
-            by_attention = attended is not None and attended[r, c].item() > 0
-            by_lim = convolved is not None and convolved[r, c].item() > 0
-            if matrix[r, c] == 9:
-                d.rect(left, top, side, side, "var(--line)", "none", tint=0.5)
-            paint(left, top, by_attention, by_lim)
-            number(x0, y0, r, c, gap, str(matrix[r, c].item()))
-        if gap == 0:
-            path = f"M{x0 + M * side} {y0}v{whole}M{x0} {y0 + M * side}h{whole}"
-            d.lines.append(f'<path d="{path}" stroke="var(--ink)" stroke-width="1.5"/>')
-
     frame(d, 0, 10, 128, 196, 240)
     frame(d, 1, 276, 20, 206, 240)
     frame(d, 2, 540, 20, 206, 240)
     frame(d, 3, 547, 270, 192, 218)
     frame(d, 4, 806, 128, 188, 240)
     d.text(104, 150, "1. values V", weight="bold")
-    tokens(20, 172, v)
+    tokens(d, 20, 172, v)
     d.arrow((190, 230), (232, 230), (232, 140), (284, 140))
     d.arrow((190, 290), (232, 290), (232, 390), (556, 390))
     d.text(379, 42, "2. cut into windows", weight="bold")
-    tokens(288, 64, v, gap=14)
+    tokens(d, 288, 64, v, gap=GAP)
     d.arrow((472, 155), (550, 155))
     d.text(510, 138, "attend")
     d.text(643, 42, "3. attention: Z", weight="bold")
-    tokens(552, 64, z, attended=z, gap=14)
+    tokens(d, 552, 64, z, attended=z, gap=GAP)
     d.text(643, 292, "4. LIM: Y", weight="bold")
-    tokens(559, 312, y, convolved=y)
+    tokens(d, 559, 312, y, convolved=y)
     d.text(392, 370, "3 × 3 convolution of all of V")
     d.arrow((736, 155), (772, 155), (772, 241))
     d.arrow((729, 390), (772, 390), (772, 267))
     d.sign(772, 254, "+")
     d.arrow((785, 254), (812, 254))
     d.text(900, 150, "5. Z′ = Z + Y", weight="bold")
-    tokens(816, 172, out, attended=z, convolved=y)
-
-    own = (z > 0).sum().item()
-    beyond = ((y > 0) & (z == 0)).sum().item()
-    both = ((y > 0) & (z > 0)).sum().item()
-    assert (own, beyond, both) == (9, 5, 4)
-    assert sorted(set(out.flatten().tolist())) == [0, 1, 2]
+    tokens(d, 816, 172, out, attended=z, convolved=y)
     d.texts(20, 440, (f"Attention alone: {own} tokens, all in one window.",
                       f"LIM adds {beyond}, in the three windows next to it."), anchor="start")
     return d.svg()
@@ -201,6 +213,14 @@ def ssa_numbers(share=0.74):
     return {"Q'": q, "K'": k, "V'": v, "A": A, "Z'": out[0]}
 
 
+def symbol(d, x, y, kind, size=22):
+    d.text(x, y, KINDS[kind], size=size)
+
+
+def ring(d, x, y, width, height):
+    d.rect(x, y, width, height, "none", COLORS["ssa"], 3, more='stroke-width="4"')
+
+
 def ssa(row=0, column=1):
     """X -> Q', cells -> K' and V', A = softmax(Q' K'^T), and what one token sees.  SVG text."""
     numbers = ssa_numbers()
@@ -212,12 +232,6 @@ def ssa(row=0, column=1):
     d = Drawing(1000, 560, "SSA step by step on a map of 4 x 4 tokens", highlighted(4))
     vermilion = COLORS["ssa"]
 
-    def symbol(x, y, kind, size=22):
-        d.text(x, y, KINDS[kind], size=size)
-
-    def ring(x, y, width, height):
-        d.rect(x, y, width, height, "none", vermilion, 3, more='stroke-width="4"')
-
     frame(d, 0, 10, 20, 184, 232)
     frame(d, 1, 10, 300, 270, 246)
     frame(d, 2, 352, 20, 330, 526)
@@ -228,10 +242,10 @@ def ssa(row=0, column=1):
     d.grid(20, 70, 4, 4, side)
     for r in range(4):
         for c in range(4):
-            symbol(20 + (c + 0.5) * side, 70 + (r + 0.5) * side, MAP[r, c].item())
+            symbol(d, 20 + (c + 0.5) * side, 70 + (r + 0.5) * side, MAP[r, c].item())
     cut = f"M{20 + 2 * side} 70v{4 * side}M20 {70 + 2 * side}h{4 * side}"
     d.lines.append(f'<path d="{cut}" stroke="var(--ink)" stroke-width="2"/>')
-    ring(20 + column * side, 70 + row * side, side, side)
+    ring(d, 20 + column * side, 70 + row * side, side, side)
 
     d.arrow((102, 240), (102, 312))
     d.texts(114, 264, ("mean of each cell,", "LayerNorm, GELU"), anchor="start")
@@ -239,7 +253,7 @@ def ssa(row=0, column=1):
     owners = [MAP[0, 0], MAP[0, 2], MAP[2, 0], MAP[2, 2]]
     d.grid(52, 356, 4, 4, 54, 34)
     for r in range(4):
-        symbol(34, 356 + (r + 0.5) * 34, owners[r].item())
+        symbol(d, 34, 356 + (r + 0.5) * 34, owners[r].item())
         for c in range(4):
             number = f"{k[r, c].item():.1f}".replace("-0.0", "0.0").replace("-", "−")
             d.text(52 + (c + 0.5) * 54, 356 + (r + 0.5) * 34, number)
@@ -252,15 +266,15 @@ def ssa(row=0, column=1):
     d.arrow((270, 424), (352, 424))
     d.text(312, 406, "K′ᵀ")
     for c in range(4):
-        symbol(left + (c + 0.5) * wide, 80, owners[c].item())
+        symbol(d, left + (c + 0.5) * wide, 80, owners[c].item())
     d.grid(left, top, 16, 4, wide, tall)
     for r in range(16):
-        symbol(left - 18, top + (r + 0.5) * tall, MAP.flatten()[r].item(), 18)
+        symbol(d, left - 18, top + (r + 0.5) * tall, MAP.flatten()[r].item(), 18)
         for c in range(4):
             share = A[r, c].item()
             d.rect(left + c * wide, top + r * tall, wide, tall, vermilion, "none", tint=0.75 * share)
             d.text(left + (c + 0.5) * wide, top + (r + 0.5) * tall, shown[r][c])
-    ring(left, top + n * tall, 4 * wide, tall)
+    ring(d, left, top + n * tall, 4 * wide, tall)
     d.text(left + 2 * wide, 530, "every row sums to 1")
 
     middle = top + (n + 0.5) * tall
@@ -273,7 +287,7 @@ def ssa(row=0, column=1):
             x, y = 767 + c * big, 130 + r * big
             d.rect(x, y, big, big, vermilion, "var(--line)", tint=0.75 * share)
             d.text(x + big / 2, y + 0.72 * big, shown[n][2 * r + c], size=24)
-    ring(767 + column * big / 2, 130 + row * big / 2, big / 2, big / 2)
+    ring(d, 767 + column * big / 2, 130 + row * big / 2, big / 2, big / 2)
     strongest = A[n].argmax().item()
     assert owners[strongest] == MAP[row, column]
     assert strongest == 3                                           # the opposite corner
