@@ -2,10 +2,10 @@
 
 Why     PEG encodes positions by convolution; Swin instead adds a learned bias per head and offset to every score.
         With `peg=False` the two can be compared.
-Where   scalablevit.py: a class `BiasedWSA(WSA)` with a parameter `bias` (heads, 2M-1, 2M-1), initialized to zero, and
-        "biased" in `ATTENTION`.  Its own `attend` needs the bias for M tokens, where M can be smaller than the
+Where   scalablevit.py: a class `BiasedWSA(WSA)` with a parameter `table` (heads, 2M-1, 2M-1), initialized to zero, and
+        "biasedwsa" in `ATTENTION`.  Its own `attend` needs the biases for M tokens, where M can be smaller than the
         parameter's if the map is small; `attention` needs an argument for a bias that is added to the scores.
-        Z_n = Softmax(Q_n K_n^T / sqrt(d_k) + b) V_n, where b is bias[head, M-1 + y_k - y_q, M-1 + x_k - x_q].
+        Z_n = Softmax(Q_n K_n^T / sqrt(d_k) + b) V_n, where b is table[head, M-1 + y_k - y_q, M-1 + x_k - x_q].
 """
 import pytest
 import torch
@@ -25,7 +25,7 @@ def by_hand(module, x):
             places = [(y, x) for y in range(rows.start, rows.stop) for x in range(cols.start, cols.stop)]
             for y, x_ in places:
                 scores = torch.stack([(q[y, x_] * k[r, c]).sum(-1) * d ** -0.5
-                                      + module.bias[:, M - 1 + r - y, M - 1 + c - x_] for r, c in places])
+                                      + module.table[:, M - 1 + r - y, M - 1 + c - x_] for r, c in places])
                 values = torch.stack([v[r, c] for r, c in places])                      # (keys, heads, d)
                 out[y, x_] = (scores.softmax(0)[..., None] * values).sum(0).flatten()
     return linear_by_hand(out, module.proj)
@@ -38,8 +38,8 @@ def test_by_hand(H, W):
 
 
 def test_the_bias_is_zero_at_first_and_learns():
-    module = scalablevit.ATTENTION["biased"](8, 2, 3)
-    assert module.bias.shape == (2, 5, 5)
-    assert not module.bias.any()
+    module = scalablevit.ATTENTION["biasedwsa"](8, 2, 3)
+    assert module.table.shape == (2, 5, 5)
+    assert not module.table.any()
     module(torch.randn(2, 7, 8, 8)).square().sum().backward()
-    assert module.bias.grad.ne(0).all()
+    assert module.table.grad.ne(0).all()
