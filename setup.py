@@ -57,6 +57,6 @@ setup(
     install_requires=["torch>=2.11"],
     extras_require={"train": ["torchvision"], "figures": ["matplotlib", "torchvision"],
                     "detection": ["torchvision", "pycocotools"],
-                    "test": ["pytest", "hypothesis", "torchvision", "matplotlib", "nbclient", "ipykernel"]},
+                    "test": ["pytest", "hypothesis", "torchvision", "matplotlib", "nbclient", "nbconvert", "ipykernel"]},
     **{"cmdclass": {"sdist": SourceDist}} | extension(),
 )

@@ -1,8 +1,8 @@
 """Tables 5(a), 5(b) and 7 of the paper in miniature: the same rows, on two tasks that one core can train on.
 
     python docs/ablation.py                                   print the tables from the runs in docs/ablation.jsonl
-    python docs/ablation.py --results mine.jsonl              train again: 12 networks x 2 tasks x 5 seeds, 40 s each
-    python docs/ablation.py --plot ablation.png               learning curves; needs matplotlib
+    python docs/ablation.py --results mine.jsonl              train again: 120 runs of about 2 minutes
+    python docs/ablation.py --plot ablation.svg               learning curves; needs matplotlib
 
 Each run is written to the results file when it finishes, so a stopped program resumes with the next run.  Use a new
 file after a change to a row or to scalablevit.py, which the program does not notice.
@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
+DOCS = pathlib.Path(__file__).parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]                         # this repository's files, not installed copies
+from drawing import COLORS, FONT  # noqa: E402
 from scalablevit import PatchEmbed, ScalableViT  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).with_name("ablation.jsonl")
@@ -177,8 +179,8 @@ def table():
 
     Per task: final accuracy; median number of updates to 95 % (how many runs got there); area under the curve.
     """
-    lines = ["| | " + " | ".join(f"{task}, % | to 95 % | area, %" for task in TASKS)
-             + " | seeds | mIoU | Top-1 |", "|---" * (3 * len(TASKS) + 4) + "|"]
+    heads = [f"{task}, % | to 95 % | area, %" for task in TASKS]
+    lines = ["| | " + " | ".join(heads) + " | mIoU | Top-1 |", "|---" * (3 * len(TASKS) + 3) + "|"]
     for row, (_, top1, miou) in ROWS.items():
         cells = [row]
         for task in TASKS:
@@ -188,7 +190,7 @@ def table():
             cells += [f"{statistics.mean(finals):.1f}{spread}" if finals else "–",
                       f"{statistics.median(reached):.0f} ({len(reached)})" if reached else "–",
                       f"{statistics.mean(areas):.1f}" if areas else "–"]
-        lines.append("| " + " | ".join([*cells, str(len(finals)), str(miou or "–"), str(top1)]) + " |")
+        lines.append("| " + " | ".join([*cells, str(miou or "–"), str(top1)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -233,20 +235,54 @@ def differences():
     return "\n".join(lines) + "\n"
 
 
-def curves(file, rows=("WSA", "IWSA", "SSA, r_c = 1", "SSA", "WSA & SSA, no PEG", "LEM & SSA, no PEG", "LEM & SSA",
-                       "IWSA & SSA")):
-    """Plot validation accuracy against updates, mean over the seeds; a run that has stopped keeps its last value."""
+CURVES = {  # task: {row: (style, points by which its label is moved)}
+    "local": {
+        "IWSA & SSA": ("-", 6),
+        "WSA": ("--", -7),
+        "IWSA & SSA, no PEG": (":", -18),
+        "SSA": ("-", -32),
+        "LEM & SSA, no PEG": (":", 0),
+        "WSA & SSA, no PEG": (":", 0),
+    },
+    "global": {
+        "SSA": ("-", 9),
+        "IWSA & SSA, no PEG": (":", -5),
+        "SSA, r_c = 1": ("--", -19),
+        "IWSA & SSA": ("-", -33),
+        "IWSA": ("--", 4),
+        "WSA": ("--", -8),
+    },
+}
+
+
+def color(row):
+    """That of the kind of attention which is named first."""
+    kind = row.split()[0].strip(",").lower()
+    return COLORS[kind]
+
+
+def curves(file):
+    """Plot validation accuracy against updates, mean over the seeds; each row's name at its end.
+
+    A run that has stopped keeps its last value.
+    """
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(11, 4), sharey=True)
-    for axis, task in zip(axes, TASKS):
-        for row in rows:
-            mean = torch.tensor([continued(curve) for curve in figures(row, task, "curve").values()]).mean(0)
-            updates, style = SETTING["every"] * torch.arange(1, len(mean) + 1), "--" if row in rows[1::2] else "-"
-            axis.plot(updates, mean, style, label=row)
-        axis.set(xlabel="updates", ylabel="right answers, %", title=task)
-    axes[1].legend(bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(file)
+    plt.rcParams.update({"font.size": 12, "svg.hashsalt": "scalablevit", "font.family": "sans-serif",
+                         "font.sans-serif": FONT.split(", ")})
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    for axis, (task, rows) in zip(axes, CURVES.items()):
+        for row, (style, moved) in rows.items():
+            runs = [continued(curve) for curve in figures(row, task, "curve").values()]
+            mean = torch.tensor(runs).mean(0)
+            updates = SETTING["every"] * torch.arange(1, len(mean) + 1)
+            axis.plot(updates, mean, style, color=color(row), linewidth=2)
+            axis.annotate(row.replace("r_c", "$r_c$"), (updates[-1], mean[-1]), (6, moved), color=color(row), va="center",
+                          textcoords="offset points")
+        axis.set(xlabel="updates", title=task)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("correct, %")
+    figure.savefig(file, metadata={"Date": None} if str(file).endswith(".svg") else None)
+    plt.close(figure)
 
 
 def main():

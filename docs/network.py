@@ -1,8 +1,12 @@
-"""Draws docs/network.svg: the network (Figure 2), SSA (Figure 3) and LIM (Figures 4, 6), with shapes from the model.
+"""Draws the network in three pictures, with the shapes of the model itself.
 
     python docs/network.py
 
-In a notebook: IPython.display.SVG(network.draw())
+pyramid.svg     the stages (Figure 2 of the paper)
+block.svg       the inside of a block
+attention.svg   SSA (Figure 3) and IWSA with LIM (Figures 4 and 6)
+
+In a notebook: IPython.display.SVG(network.pyramid())
 """
 import math
 import pathlib
@@ -10,239 +14,249 @@ import sys
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file, not an installed copy
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))           # this repository's file
 import scalablevit  # noqa: E402
+from drawing import COLORS, Drawing  # noqa: E402
 
-IWSA, SSA, PEG, EMBED, PLAIN = "#b8d4f0", "#f6c5b0", "#f6e3a1", "#dddddd", "#f1f1f1"
-RED = "#d62728"
-WINDOWS = ("#b8d4f0", "#cfe8c6", "#e3d2ef", "#f6dfb8")
-
-
-class Drawing:
-    """Boxes, arrows and text of an SVG; coordinates are pixels from the top left."""
-
-    def __init__(self, width, height):
-        self.size, self.lines = (width, height), []
-        self.lines.append(
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="#222" stroke-linejoin="round">\n'
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            '<path d="M0 0L8 4L0 8z" fill="#222"/></marker></defs>')
-        self.rect(0, 0, width, height, "white", line="none")
-
-    def rect(self, x, y, width, height, fill="none", line="#222", radius=0, more=""):
-        """more: additional SVG attributes."""
-        self.lines.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius}" '
-                          f'fill="{fill}" stroke="{line}" {more}/>')
-
-    def text(self, x, y, string, anchor="middle", weight="normal", size=13, turned=False):
-        """`string`, vertically centered at y."""
-        turn = f' transform="rotate(-90 {x:g} {y:g})"' if turned else ""
-        self.lines.append(f'<text x="{x:g}" y="{y + 0.35 * size:g}" text-anchor="{anchor}" font-weight="{weight}" '
-                          f'font-size="{size}"{turn}>{string}</text>')
-
-    def texts(self, x, y, strings, leading=17, **kwargs):
-        for i, string in enumerate(strings):
-            self.text(x, y + leading * i, string, **kwargs)
-
-    def box(self, x, y, width, height, fill, *strings, radius=4):
-        """A box with centered lines of text."""
-        self.rect(x, y, width, height, fill, radius=radius)
-        self.texts(x + width / 2, y + height / 2 - 8.5 * (len(strings) - 1), strings)
-
-    def bar(self, x, y, width, height, fill, *strings):
-        """A tall box with rotated text, vertically centered at y."""
-        self.rect(x, y - height / 2, width, height, fill, radius=4)
-        for i, string in enumerate(strings):
-            self.text(x + width / 2 + 16 * (i - (len(strings) - 1) / 2), y, string, turned=True)
-
-    def arrow(self, *points, tip=True):
-        """An arrow through points (x, y)."""
-        path = "L".join(f"{x:g} {y:g}" for x, y in points)
-        self.lines.append(f'<path d="M{path}" fill="none" stroke="#222"' + ' marker-end="url(#tip)"' * tip + "/>")
-
-    def sign(self, x, y, symbol):
-        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="9" fill="white" stroke="#222"/>')
-        self.text(x, y, symbol, size=16)
-
-    def grid(self, x, y, cell, n, fill):
-        """n x n tokens."""
-        self.rect(x, y, n * cell, n * cell, fill)
-        path = "".join(f"M{x + i * cell:g} {y:g}v{n * cell:g}M{x:g} {y + i * cell:g}h{n * cell:g}" for i in range(1, n))
-        self.lines.append(f'<path d="{path}" stroke="#222" stroke-opacity="0.25" stroke-width="0.6"/>')
-
-    def svg(self):
-        return "\n".join([*self.lines, "</svg>"]) + "\n"
+DOCS = pathlib.Path(__file__).parent
+BOX = "var(--box)"
+SIZE = 224
 
 
-def pyramid(d, name, model, maps, y):
-    """Figure 2, left to right: patch embedding, IWSA block, PEG, SSA block, and so on; numbers below each stage."""
-    size = 224
-    d.text(14, 20, f"{name} on an image of {size} × {size}", "start", "bold", size=14)
-    d.box(14, y - 36, 74, 72, "white", "image", f"{size} × {size}", f"× {model.config['in_chans']}", radius=0)
-    x = 88
+def built(name):
+    """The model and its maps for one image, without memory (on the meta device)."""
+    with torch.device("meta"):
+        model = getattr(scalablevit, name)()
+        maps = model.forward_features(torch.empty(1, 3, SIZE, SIZE))
+    return model, maps
+
+
+# ---------------------------------------------------------------------------- the stages
+def bars_of(stage):
+    """(text, fill) of each bar in a stage; the last two stand for all further pairs of blocks."""
+    iwsa = ("IWSA", COLORS["iwsa"])
+    ssa = ("SSA", COLORS["ssa"])
+    bars = [("embed", BOX), iwsa, ("PEG", COLORS["peg"]), ssa]
+    if len(stage.blocks) > 2:
+        bars += [iwsa, ssa]
+    return bars
+
+
+def pyramid(name="scalablevit_s"):
+    """Figure 2, left to right; bars shrink as the map does and widen with the channels."""
+    model, maps = built(name)
+    widths = [26, 29, 33, 38]
+    heights = [230, 176, 128, 84]
+    gap, y = 13, 180
+    total = sum((gap + width) * len(bars_of(stage)) for width, stage in zip(widths, model.stages))
+    wide = 92 + total + 14 * 4 + 150
+    d = Drawing(wide, 546, f"{name}: four stages of IWSA and SSA blocks")
+    d.text(14, 24, f"{name}, image of {SIZE} × {SIZE}", "start", "bold", 22)
+    d.box(14, y - 46, 76, 92, BOX, "image", f"{SIZE}²", "× 3", size=20)
+    x = 90
     for i, (stage, features) in enumerate(zip(model.stages, maps)):
-        (C, H), depth, tall = features.shape[1:3], len(stage.blocks), 176 - 16 * i
-        step, conv, ssa = size // H, stage.embed.conv, stage.blocks[1].attn
-        first = x + 14
-
-        def bar(width, fill, *strings):
-            nonlocal x
-            d.arrow((x, y), (x + 14, y))
-            d.bar(x + 14, y, width, tall, fill, *strings)
-            x += 14 + width
-
-        bar(40, EMBED, "patch embedding", f"{conv.kernel_size[0]}×{conv.kernel_size[0]}, stride {conv.stride[0]}")
-        bar(28, IWSA, "IWSA block")
-        bar(24, PEG, "PEG")
-        bar(28, SSA, "SSA block")
+        C, H = features.shape[1:3]
+        conv = stage.embed.conv
+        depth = len(stage.blocks)
+        first = x
+        for j, (text, fill) in enumerate(bars_of(stage)):
+            if j == 4:
+                frame = x + gap / 2
+            d.arrow((x, y), (x + gap, y))
+            top = y - heights[i] / 2
+            line = "var(--line)" if fill == BOX else fill
+            tint = 1 if fill == BOX else 0.4
+            d.rect(x + gap, top, widths[i], heights[i], fill, line, radius=4, tint=tint)
+            d.text(x + gap + widths[i] / 2, y, text, size=20, turned=True)
+            x += gap + widths[i]
         if depth > 2:
-            frame = x + 7
-            bar(28, IWSA, "IWSA block")
-            bar(28, SSA, "SSA block")
-            d.rect(frame, y - tall / 2 - 7, x + 7 - frame, tall + 14, radius=6, more='stroke-dasharray="4 3"')
-            d.text((frame + x + 7) / 2, y - tall / 2 - 17, f"× {depth // 2 - 1}")
-        middle = (first + x) / 2
-        d.text(middle, y + 108, f"stage {i + 1}: {depth} blocks", weight="bold")
-        scales = f"r_n = 1/{ssa.s ** 2}, r_c = {ssa.q.out_features / C:g}" if ssa.s > 1 else "r_n = 1"
-        d.texts(middle, y + 127, (f"H/{step} × W/{step} = {H} × {H}", f"C = {C}, {ssa.heads} heads", scales))
+            top = y - heights[i] / 2
+            d.rect(frame, top - 8, x + 6 - frame, heights[i] + 16, radius=6,
+                   more='stroke-dasharray="5 4"')
+            d.text((frame + x + 6) / 2, top - 22, f"× {depth // 2 - 1}", size=20)
+        ssa = stage.blocks[1].attn
+        reduced = f"r_{{n}} = 1/{ssa.s ** 2}" if ssa.s > 1 else "r_{n} = 1"
+        scaled = f"r_{{c}} = {ssa.q.out_features / C:g}"
+        stride = conv.stride[0]
+        middle = (first + gap + x) / 2
+        kernel = conv.kernel_size[0]
+        d.text(middle, 336, f"stage {i + 1}", weight="bold", size=20)
+        d.texts(middle, 362, (
+            f"{depth} blocks", f"{H} × {H} tokens", f"C = {C}, {ssa.heads} heads",
+            reduced, scaled, f"embed {kernel} × {kernel},", f"stride {stride}"), size=20)
+        x += 14
+    x -= 14
     d.arrow((x, y), (x + 14, y))
-    d.bar(x + 14, y, 40, 128, PLAIN, "norm, mean over", "tokens, head")
-    d.arrow((x + 54, y), (x + 68, y))
-    d.text(x + 78, y, f"{model.num_classes} classes", turned=True)
+    d.box(x + 14, y - 62, 94, 124, BOX, "norm", "mean", "head", size=20)
+    d.arrow((x + 108, y), (x + 122, y))
+    d.text(x + 136, y, f"{model.num_classes} classes", size=20, turned=True)
+    return d.svg()
 
 
-def block(d, model, maps, y):
+# ---------------------------------------------------------------------------- a block
+def block(name="scalablevit_s"):
     """The inside of a block: two residual branches; PEG, after a stage's first block, is a third."""
+    model, maps = built(name)
     C, H, W = maps[0].shape[1:]
-    fc1 = model.stages[0].blocks[0].mlp.fc1
-    d.text(14, y - 78, "Inside a block, and the PEG after the first block of each stage", "start", "bold", size=14)
-    d.rect(100, y - 58, 588, 96, "#fafafa", "#999", 6)
-    d.rect(702, y - 58, 204, 96, "#fafafa", "#999", 6)
-    d.texts(50, y - 9, (f"{H} × {W}", f"× {C}"))
-    d.texts(950, y - 9, (f"{H} × {W}", f"× {C}"))
+    hidden = model.stages[0].blocks[0].mlp.fc1.out_features
+    d = Drawing(1000, 220, "A block: attention, then an MLP, each with a residual connection")
+    y = 122
+    d.rect(96, 20, 608, 172, BOX, radius=8, tint=0.5)
+    d.rect(716, 20, 194, 172, BOX, radius=8, tint=0.5)
+    d.text(108, 38, "a block", "start", "bold")
+    d.text(728, 38, "after the first block", "start", "bold")
+    d.texts(46, y - 12, (f"{H} × {W}", f"× {C}"))
+    d.texts(960, y - 12, (f"{H} × {W}", f"× {C}"))
 
-    def residual(start, end, *boxes):
-        """x + boxes(x): the branch, the skip connection and the sum at `end`."""
-        d.arrow((start, y), (start, y - 42), (end, y - 42), (end, y - 10))
-        for x, width, fill, *strings in boxes:
-            d.arrow((start, y), (x, y))
-            d.box(x, y - 24, width, 48, fill, *strings)
-            start = x + width
-        d.arrow((start, y), (end - 10, y))
+    def skip(start, end):
+        d.arrow((start, y), (start, y - 56), (end, y - 56), (end, y - 14))
         d.sign(end, y, "+")
 
-    d.arrow((80, y), (118, y), tip=False)
-    residual(118, 374, (138, 86, PLAIN, "LayerNorm"), (244, 104, IWSA, "attention:", "IWSA or SSA"))
-    d.arrow((383, y), (404, y), tip=False)
-    residual(404, 668, (424, 86, PLAIN, "LayerNorm"),
-             (530, 112, PLAIN, "MLP:", f"{fc1.in_features} → {fc1.out_features} → {fc1.in_features}"))
-    d.arrow((677, y), (722, y), tip=False)
-    residual(722, 886, (744, 116, PEG, "PEG: depthwise", "3×3 convolution"))
-    d.arrow((895, y), (922, y))
+    d.arrow((88, y), (130, y))
+    d.box(130, y - 32, 100, 64, BOX, "LayerNorm")
+    d.arrow((230, y), (248, y))
+    d.box(248, y - 32, 104, 32, COLORS["iwsa"], "IWSA")
+    d.box(248, y, 104, 32, COLORS["ssa"], "or SSA")
+    d.text(300, y - 44, "attention")
+    d.arrow((352, y), (367, y))
+    skip(112, 381)
+    d.arrow((395, y), (426, y))
+    d.box(426, y - 32, 100, 64, BOX, "LayerNorm")
+    d.arrow((526, y), (544, y))
+    d.box(544, y - 32, 118, 64, BOX, "MLP", f"{C}→{hidden}→{C}")
+    d.arrow((662, y), (673, y))
+    skip(410, 686)
+    d.arrow((700, y), (748, y))
+    d.box(748, y - 32, 116, 64, COLORS["peg"], "PEG: 3 × 3", "depthwise")
+    d.arrow((864, y), (877, y))
+    skip(732, 890)
+    d.arrow((904, y), (924, y))
+    return d.svg()
 
 
-def ssa_panel(d, attn, features, x, y):
+# ---------------------------------------------------------------------------- SSA and IWSA
+def ssa_panel(d, attn, features, y):
     """Figure 3, with the shapes of the first stage."""
     C, H, W = features.shape[1:]
-    N, keys, scaled = H * W, math.ceil(H / attn.s) * math.ceil(W / attn.s), attn.q.out_features
-    d.rect(x, y, 480, 372, "none", "#999", 6)
-    d.text(x + 14, y + 20, "SSA: N queries, but only N·r_n keys", "start", "bold", size=14)
-    scales = f"r_n = 1/{attn.s ** 2}, r_c = {scaled / C:g}"
-    d.text(x + 14, y + 40, f"stage 1: {scales}; channels are split among heads", "start")
-    top, tall, k, v = y + 82, 104, y + 268, y + 338
+    N = H * W
+    keys = math.ceil(H / attn.s) * math.ceil(W / attn.s)
+    scaled = attn.q.out_features
+    color = COLORS["ssa"]
+    d.rect(10, y, 980, 416, "none", radius=8)
+    d.text(24, y + 24, "SSA: every token attends to the whole map, in few keys", "start", "bold", 20)
+    d.text(24, y + 52, f"stage 1: r_{{n}} = 1/{attn.s ** 2}, r_{{c}} = {scaled / C:g}", "start")
+
+    def matrix(x, top, width, height, label, fill, *shape):
+        tint = 1 if fill == BOX else 0.4
+        line = "var(--line)" if fill == BOX else fill
+        d.rect(x, top, width, height, fill, line, tint=tint)
+        d.text(x + width / 2, top + height / 2, label, weight="bold")
+        d.texts(x + width / 2, top + height + 16, shape, leading=22)
+
+    top, tall = y + 84, 110
     middle = top + tall / 2
+    matrix(40, top, 44, tall, "X", BOX, "N × C", f"{N} × {C}")
+    d.arrow((84, middle), (196, middle))
+    d.box(196, middle - 20, 72, 40, BOX, "linear")
+    d.arrow((268, middle), (340, middle))
+    matrix(340, top, 56, tall, "Q′", color, "N × C′", f"{N} × {scaled}")
+    d.arrow((396, middle), (492, middle))
+    d.sign(506, middle, "×")
+    d.arrow((519, middle), (610, middle))
+    d.text(560, middle - 20, "softmax")
+    d.text(560, middle + 24, "· 1/√d′")
+    matrix(610, top, 40, tall, "A′", BOX, "N × N·r_{n}", f"{N} × {keys}")
+    d.arrow((650, middle), (722, middle))
+    d.sign(736, middle, "×")
+    d.arrow((749, middle), (784, middle))
+    matrix(784, top, 44, tall, "Z′", BOX, "N × C", f"{N} × {C}")
+    d.arrow((828, middle), (862, middle))
+    d.box(862, middle - 20, 72, 40, BOX, "linear")
+    d.arrow((934, middle), (970, middle))
 
-    def matrix(x, y, width, height, name, fill, *shape, beside=False):
-        d.rect(x, y, width, height, fill)
-        d.text(x + width / 2, y + height / 2, name, weight="bold")
-        if beside:
-            d.texts(x + width + 8, y + height / 2 - 8, shape, anchor="start")
-        else:
-            d.texts(x + width / 2, y + height + 13, shape)
-
-    matrix(x + 22, top, 36, tall, "X", PLAIN, "N × C", f"{N} × {C}")
-    d.arrow((x + 58, middle), (x + 96, middle))
-    d.box(x + 96, middle - 15, 48, 30, PLAIN, "linear")
-    d.arrow((x + 144, middle), (x + 165, middle))
-    matrix(x + 165, top, 45, tall, "Q′", SSA, "N × C·r_c", f"{N} × {scaled}")
-    d.arrow((x + 210, middle), (x + 240, middle))
-    d.sign(x + 250, middle, "×")
-    d.arrow((x + 259, middle), (x + 298, middle))
-    d.text(x + 312, top - 12, "softmax")
-    matrix(x + 298, top, 28, tall, "A′", "white", "N × N·r_n", f"{N} × {keys}")
-    d.arrow((x + 326, middle), (x + 363, middle))
-    d.sign(x + 373, middle, "×")
-    d.arrow((x + 382, middle), (x + 412, middle))
-    matrix(x + 412, top, 36, tall, "Z′", PLAIN, "N × C", f"{N} × {C}", "then linear")
-
-    d.arrow((x + 82, middle), (x + 82, v - 35), (x + 96, v - 35))                       # X's path to K and V
-    d.box(x + 96, k - 18, 72, v - k + 36, PLAIN, "one token", "for each", f"{attn.s}×{attn.s} cell:",
-          f"{keys} × {scaled}")
-    for goal, height, width, up, name, *shape in (
-            (250, k, 45, middle + 10, "K′", "N·r_n × C·r_c", f"{keys} × {scaled}"),
-            (373, v, 36, middle + 10, "V′", "N·r_n × C", f"{keys} × {C}")):
-        d.arrow((x + 168, height), (x + goal - width / 2, height))
-        d.text(x + 196, height - 12, "linear")
-        matrix(x + goal - width / 2, height - 12, width, 24, name, SSA, *shape, beside=name == "V′")
-        d.arrow((x + goal, height - 12), (x + goal, up))
-    d.text(x + 268, middle + 40, "K′ᵀ")
-
-
-def lim_panel(d, attn, features, x, y):
-    """Figures 4 and 6: four neighboring windows, step by step."""
-    M, windows = attn.window, math.ceil(features.shape[2] / attn.window) * math.ceil(features.shape[3] / attn.window)
-    side, cell = 98, 98 / (2 * M)
-    d.rect(x, y, 480, 372, "none", "#999", 6)
-    d.text(x + 14, y + 20, "IWSA: attention in windows, LIM across borders", "start", "bold", size=14)
-    d.text(x + 14, y + 40, f"stage 1: four of its {windows} windows of {M} × {M} tokens", "start")
-
-    def tokens(x, y, gap=0, joined=False):
-        """2 x 2 windows; joined: darken tokens whose 3x3 neighborhood crosses a border."""
-        for i, fill in enumerate(WINDOWS):
-            d.grid(x + i % 2 * (side / 2 + gap), y + i // 2 * (side / 2 + gap), cell, M, fill)
-        for box in ((x + side / 2 - cell, y, 2 * cell, side), (x, y + side / 2 - cell, side, 2 * cell)) * joined:
-            d.rect(*box, "#222", "none", more='fill-opacity="0.35"')
-
-    top, low, middle = y + 84, y + 240, y + 84 + 53
-    tokens(x + 20, top, 8)
-    d.text(x + 73, top - 14, "Q, K, V in windows")
-    d.arrow((x + 126, middle), (x + 186, middle))
-    d.text(x + 156, middle - 12, "attend")
-    tokens(x + 186, top, 8)
-    d.text(x + 239, top - 14, "Z, window by window")
-    d.arrow((x + 292, middle), (x + 317, middle))
-    d.sign(x + 327, middle, "+")
-    d.arrow((x + 336, middle), (x + 360, middle))
-    tokens(x + 360, top + 4, joined=True)
-    d.text(x + 409, top - 14, "Z′ = Z + Y")
-    d.arrow((x + 73, top + 106), (x + 73, low))
-    d.text(x + 92, low - 24, "V")
-    tokens(x + 24, low)
-    d.text(x + 73, low + side + 14, "V, merged again")
-    d.rect(x + 24 + (M - 1) * cell, low + 2 * cell, 3 * cell, 3 * cell, RED, RED, more='fill-opacity="0.35"')
-    d.arrow((x + 122, low + 3.5 * cell), (x + 190, low + 3.5 * cell))
-    d.text(x + 156, low + 3.5 * cell - 12, "LIM")
-    tokens(x + 190, low, joined=True)
-    d.rect(x + 190 + M * cell, low + 3 * cell, cell, cell, RED, RED)
-    d.text(x + 239, low + side + 14, "Y: depthwise 3×3 of V")
-    d.arrow((x + 288, low + 3.5 * cell), (x + 327, low + 3.5 * cell), (x + 327, middle + 10))
-    d.texts(x + 343, low + 24, ("red: one 3×3 kernel", "and its output;", "dark: tokens that", "also see another",
-                                "window"), anchor="start")
+    low = y + 320                                                   # the cells' row
+    d.arrow((140, middle), (140, low - 60), (66, low - 60), (66, low - 30))
+    s = attn.s
+    layers = (("depthwise", f"{s} × {s}, / {s}"), ("1 × 1", f"{C} → {scaled}"), ("LayerNorm", "GELU"))
+    x = 24
+    for lines in layers:
+        d.box(x, low - 30, 104, 60, BOX, *lines)
+        if x > 24:
+            d.arrow((x - 14, low), (x, low))
+        x += 118
+    d.text(24, low + 52, f"a row for each {s} × {s} cell: {keys} × {scaled}", "start")
+    for goal, height, label, width, shape in (
+            (506, low - 40, "K′", 56, f"{keys} × {scaled}"),
+            (736, low + 40, "V′", 44, f"{keys} × {C}")):
+        d.arrow((364, low), (384, low), (384, height), (goal - 114, height))
+        d.box(goal - 114, height - 17, 64, 34, BOX, "linear")
+        d.arrow((goal - 50, height), (goal - width / 2, height))
+        matrix(goal - width / 2, height - 17, width, 34, label, color)
+        d.text(goal + width / 2 + 8, height, shape, "start")
+        d.arrow((goal, height - 17), (goal, middle + 14))
 
 
-def draw(name="scalablevit_s"):
-    """The picture of that network, as SVG text."""
-    with torch.device("meta"):                                      # shapes without memory
-        model = getattr(scalablevit, name)()
-        maps = model.forward_features(torch.empty(1, 3, 224, 224))
-    d = Drawing(1000, 866)
-    pyramid(d, name, model, maps, 136)
-    block(d, model, maps, 412)
-    ssa_panel(d, model.stages[0].blocks[1].attn, maps[0], 14, 480)
-    lim_panel(d, model.stages[0].blocks[0].attn, maps[0], 506, 480)
+def iwsa_panel(d, attn, features, y):
+    """Figures 4 and 6: attention in windows above, LIM on the whole map below."""
+    C, H, W = features.shape[1:]
+    M = attn.window
+    windows = math.ceil(H / M) * math.ceil(W / M)
+    d.rect(10, y, 980, 372, "none", radius=8)
+    d.text(24, y + 24, "IWSA: attention in windows, and LIM across their borders", "start", "bold", 20)
+    d.text(24, y + 52, f"stage 1: {windows} windows of {M} × {M} tokens; four are drawn", "start")
+    side = 8.5
+    whole = 2 * M * side
+
+    def tokens(x, top, gap, tint, fill):
+        for i in range(2):
+            for j in range(2):
+                d.grid(x + j * (M * side + gap), top + i * (M * side + gap), M, M, side,
+                       fill=fill, tint=tint)
+
+    top, low = y + 96, y + 232
+    up, down = top + whole / 2 + 4, low + whole / 2
+    split = y + 198
+    d.texts(52, split - 46, ("X", f"{H} × {W}", f"× {C}"))
+    d.arrow((92, split), (110, split))
+    d.box(110, split - 32, 92, 64, BOX, "linear", f"{C} → {attn.qkv.out_features}")
+    d.arrow((202, split), (226, split), (226, up), (300, up))
+    d.text(262, up - 18, "Q, K, V")
+    tokens(300, top, 8, 0.4, COLORS["wsa"])
+    d.arrow((432, up), (536, up))
+    d.text(484, up - 18, "attend")
+    tokens(536, top, 8, 0.75, COLORS["wsa"])
+    d.text(598, top - 16, "Z")
+    d.arrow((202, split), (226, split), (226, down), (300, down))
+    d.text(262, down - 18, "V")
+    tokens(300, low, 0, 0.2, COLORS["lim"])
+    reach = low + (M - 2) * side
+    d.rect(300 + (M - 2) * side, reach, 3 * side, 3 * side, COLORS["lim"], "var(--ink)", tint=0.9)
+    d.arrow((420, down), (536, down))
+    d.texts(478, down - 18, ("LIM",))
+    d.text(478, down + 20, "3 × 3")
+    tokens(536, low, 0, 0.75, COLORS["lim"])
+    d.rect(536 + (M - 1) * side, reach + side, side, side, COLORS["lim"], "var(--ink)")
+    d.text(670, down + 40, "Y")
+    d.arrow((664, up), (714, up), (714, split - 14))
+    d.arrow((656, down), (714, down), (714, split + 14))
+    d.sign(714, split, "+")
+    d.arrow((728, split), (780, split))
+    d.text(754, split - 18, "Z′")
+    d.box(780, split - 32, 92, 64, BOX, "linear", f"{C} → {attn.proj.out_features}")
+    d.arrow((872, split), (896, split))
+    d.texts(936, split - 12, (f"{H} × {W}", f"× {C}"))
+
+
+def attention(name="scalablevit_s"):
+    """SSA above, IWSA below, with the shapes of the first stage."""
+    model, maps = built(name)
+    iwsa, ssa = model.stages[0].blocks
+    d = Drawing(1000, 824, "SSA and IWSA, with the shapes of the first stage")
+    ssa_panel(d, ssa.attn, maps[0], 10)
+    iwsa_panel(d, iwsa.attn, maps[0], 438)
     return d.svg()
 
 
 if __name__ == "__main__":
-    pathlib.Path(__file__).with_suffix(".svg").write_text(draw(), encoding="utf-8")
+    for name, draw in {"pyramid": pyramid, "block": block, "attention": attention}.items():
+        (DOCS / f"{name}.svg").write_text(draw(), encoding="utf-8")
