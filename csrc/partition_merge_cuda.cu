@@ -1,5 +1,5 @@
-// The GPU kernels, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own; with the stub
-// headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
+// Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
+// with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
 // How work maps to threads:
 // - Adjacent threads access adjacent addresses, 16 bytes each: a pack of V channels.  A thread processes one pack for
 //   all tokens of a strip (windows.h), and locates the strip by 64-bit divisions once.  A block is x packs wide and
