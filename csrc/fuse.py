@@ -25,25 +25,34 @@ except ImportError as error:
     note = Path(__file__).with_name("not_built.txt")    # written by setup.py
     WHY_NO_KERNELS = note.read_text().strip() if note.exists() else str(error)
 
-BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
-MANY_KEYS = 128     # from here on PyTorch's attention pays on a CPU (docs/kernels.md)
+BUILD = "pip install setuptools wheel ninja && pip install --no-build-isolation ."
 
 
 # ---------------------------------------------------------------------------- the two layers
 def attention(q, k, v, scale, mask=None):
-    """scalablevit.attention by PyTorch's kernels, where they pay: always on a GPU, with many keys on a CPU.
+    """scalablevit.attention by PyTorch's kernels, where they pay.
 
     q (…, n, d), k (…, m, d), v (…, m, d_v), mask (…, n or 1, m)  ->  (…, n, d_v)
     """
-    on_cpu = q.device.type == "cpu"
-    if q.device.type != "cuda" and not (on_cpu and k.shape[-2] >= MANY_KEYS):
+    if not pays(k):
         return scalablevit.attention(q, k, v, scale, mask)
     d_v = v.shape[-1]
-    if on_cpu:                                          # its fast kernel needs d = d_v
+    if q.device.type == "cpu":                          # its fast kernel needs d = d_v
         width = max(q.shape[-1], d_v)
         q, k, v = padded(q, width), padded(k, width), padded(v, width)
     z = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return z[..., :d_v]
+
+
+def pays(k):
+    """Whether PyTorch's kernels are faster with these keys (…, m, d): on a GPU always, on a CPU if they are many.
+
+    The limits on a CPU are measured, in inference and training (docs/kernels.md).  With few keys the scores
+    fit in cache, and plain matrix products of 16-bit numbers are faster.
+    """
+    if k.device.type == "cpu":
+        return k.shape[-2] >= (512 if k.element_size() == 2 else 128)
+    return k.device.type == "cuda"
 
 
 def padded(t, width):

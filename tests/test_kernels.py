@@ -231,7 +231,8 @@ def test_opcheck(device, dtype):
     qkv, z, weight, bias = (leaf(*s, dtype=dtype, device=device)
                             for s in ((2, 8, 5, 24), (2 * 3 * 2, 2, 9, 4), (8, 1, 3, 3), (8,)))
     torch.library.opcheck(ops.window_partition, (qkv, 2, 3))
-    torch.library.opcheck(ops.window_partition_backward, (leaf(3, 12, 2, 9, 4, dtype=dtype, device=device), 8, 5, 3))
+    windows = torch.randn(3, 12, 2, 9, 4, dtype=dtype, device=device)
+    torch.library.opcheck(ops.window_partition_backward, (windows, 8, 5, 3))
     torch.library.opcheck(ops.window_merge_lim, (z, qkv, weight, bias, 3))
     inputs = [t.detach() for t in (torch.randn_like(qkv[..., :8]), qkv, weight)]       # not differentiable
     torch.library.opcheck(ops.window_merge_lim_backward, (*inputs, 2, 3))
