@@ -28,7 +28,7 @@ except ImportError as error:
 BUILD = "pip install setuptools wheel ninja && pip install --no-build-isolation ."
 
 
-# ---------------------------------------------------------------------------- the two layers
+# ---------------------------------------------------------- the two layers
 def attention(q, k, v, scale, mask=None):
     """scalablevit.attention by PyTorch's kernels, where they pay.
 
@@ -67,11 +67,11 @@ class FusedSSA(SSA):
         reduced = x
         if self.s > 1:
             cells = F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s))
-            reduced = F.gelu(self.norm(convolve(self.reduce, cells)))               # (B, ⌈H/s⌉, ⌈W/s⌉, C')
-        q = split_heads(self.q(x), self.heads)                                      # (B, heads, N, C'/heads)
-        k = split_heads(self.k(reduced), self.heads)                                # (B, heads, N_rn, C'/heads)
-        v = split_heads(self.v(reduced), self.heads)                                # (B, heads, N_rn, C/heads)
-        z = attention(q, k, v, self.scale)                                          # (B, heads, N, C/heads)  (2)
+            reduced = F.gelu(self.norm(convolve(self.reduce, cells)))  # (B, ⌈H/s⌉, ⌈W/s⌉, C')
+        q = split_heads(self.q(x), self.heads)                      # (B, heads, N, C'/heads)
+        k = split_heads(self.k(reduced), self.heads)                # (B, heads, N_rn, C'/heads)
+        v = split_heads(self.v(reduced), self.heads)                # (B, heads, N_rn, C/heads)
+        z = attention(q, k, v, self.scale)                          # (B, heads, N, C/heads)  (2)
         return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
 
 
@@ -91,16 +91,16 @@ class FusedIWSA(IWSA):
         M = min(self.window, max(qkv.shape[1:3]))
         if device == "cpu":
             return self.proj(kernels.iwsa(qkv, weight, bias, self.heads, M))
-        q, k, v = kernels.window_partition(qkv, self.heads, M)                      # (B·windows, heads, M², d)
-        z = F.scaled_dot_product_attention(q, k, v, real_keys(qkv, M))              # (B·windows, heads, M², d)
+        q, k, v = kernels.window_partition(qkv, self.heads, M)      # (B·windows, heads, M², d)
+        z = F.scaled_dot_product_attention(q, k, v, real_keys(qkv, M))  # (B·windows, heads, M², d)
         return self.proj(kernels.window_merge_lim(z, qkv, weight, bias, M))
 
     def attend(self, qkv, top=0, left=0):
         """WSA.attend with the `attention` above.  IWSA has no padding at the top or left."""
         H, W = qkv.shape[1:3]
         M = min(self.window, max(H, W))
-        q, k, v = window_partition(qkv, self.heads, M)                              # (B·windows, heads, M², d)
-        z = attention(q, k, v, q.shape[-1] ** -0.5, real_keys(qkv, M))              # (B·windows, heads, M², d)
+        q, k, v = window_partition(qkv, self.heads, M)              # (B·windows, heads, M², d)
+        z = attention(q, k, v, q.shape[-1] ** -0.5, real_keys(qkv, M))  # (B·windows, heads, M², d)
         return window_merge(z, H, W, M)
 
 
@@ -109,7 +109,7 @@ def real_keys(qkv, M):
     H, W = qkv.shape[1:3]
     if H % M == 0 and W % M == 0:
         return None
-    inside = window_partition(torch.ones_like(qkv[..., :3]), 1, M)[0]               # (B·windows, 1, M², 1)
+    inside = window_partition(torch.ones_like(qkv[..., :3]), 1, M)[0]  # (B·windows, 1, M², 1)
     return inside.transpose(-2, -1) > 0
 
 
@@ -128,7 +128,7 @@ def has_hooks(module):
                 or module._backward_pre_hooks or _has_any_global_hook())
 
 
-# ---------------------------------------------------------------------------- which layers can be switched
+# ---------------------------------------------------------- which layers can be switched
 FUSED = {IWSA: FusedIWSA, SSA: FusedSSA}
 PARTS = {
     IWSA: {"qkv": nn.Linear, "proj": nn.Linear, "lim": nn.Conv2d},
@@ -170,7 +170,7 @@ def why_edited(cls):
     """
     cases = {IWSA: [(dict(window=12), [(12, 24), (13, 20), (5, 17), (5, 4)])],
              SSA: [(dict(rc=1.25, rn=1 / 4), [(24, 23), (3, 5)]), (dict(rc=1.25), [(12, 11), (3, 5)])]}
-    try:                                                # on a CPU with gradients, whatever the caller's modes
+    try:                                      # on a CPU with gradients, whatever the caller's modes
         with (torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(),
               torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):
             for kwargs, sizes in cases[cls]:
@@ -206,7 +206,7 @@ def results(layer, cls, x):
     return [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
 
 
-# ---------------------------------------------------------------------------- fuse and unfuse
+# ---------------------------------------------------------- fuse and unfuse
 def fuse(model):
     """Switch the model's IWSA and SSA layers to FusedIWSA and FusedSSA, in place; returns the model.
 
@@ -216,7 +216,7 @@ def fuse(model):
     layers = {}                                         # those that can be switched, by class
     left = {}                                           # names of the others, by reason
     for name, layer in model.named_modules():
-        names_of_bases = {cls.__name__ for cls in type(layer).__mro__}          # also those of a copy of the file
+        names_of_bases = {cls.__name__ for cls in type(layer).__mro__}  # also those of a copy of the file
         if names_of_bases & {"IWSA", "SSA"} and type(layer) not in FUSED.values():
             reason = why_not(layer)
             if reason is None:

@@ -235,7 +235,7 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
 }
 
 void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                        void* dqkv, void* dweight, void* dbias, void* parts) {
+                        void* dqkv, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T *map = (const T*)qkv, *dout = (const T*)grad;
@@ -255,6 +255,6 @@ void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad
         scatter(at, h.dv, Sum<T>(1), to + 2 * C, 3 * C);
       }
     };
-    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
+    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, work);
   });
 }

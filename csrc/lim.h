@@ -66,15 +66,13 @@ static VECTORIZED void add_lim_backward(const Windows& g, const Strip& t, int64_
   });
 }
 
-// Gradients of weight and bias.  work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).  It is
-// not called if there are no pieces: its buffers are as large as a window.
+// Gradients of weight and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).  It is
+// not called if there are no pieces, as its buffers are as large as a window.
 template <class A, class F>
-void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, A* dweight, A* dbias, F work) {
-  const int64_t size = (k * k + 1) * C, n = std::clamp<int64_t>(pieces, 1, 32);
-  std::fill_n(parts, n * size, A(0));
-  at::parallel_for(0, pieces ? n : 0, 1, [&](int64_t begin, int64_t end) {
+void sum_in_parts(int64_t pieces, int64_t C, int64_t k, A* parts, F work) {
+  const int64_t size = (k * k + 1) * C, n = std::min(pieces, cpu_parts);
+  std::fill_n(parts, cpu_parts * size, A(0));
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) work(parts + i * size, pieces * i / n, pieces * (i + 1) / n);
   });
-  for (int64_t j = size; j < n * size; ++j) parts[j % size] += parts[j];
-  for (int64_t j = 0; j < size; ++j) (j < k * k * C ? dweight[j % C * k * k + j / C] : dbias[j % C]) = parts[j];
 }

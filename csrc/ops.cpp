@@ -22,6 +22,7 @@
   } else                                                                                    \
     reference::kernel(__VA_ARGS__)
 #else
+#define ON_CUDA(t) false
 #define DEVICES "cpu"
 #define RUN(t, kernel, ...) reference::kernel(__VA_ARGS__)
 #endif
@@ -56,7 +57,15 @@ Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();
 }
 
-Tensor parts_for(const Tensor& w) { return at::empty({sum_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options()); }
+// For the gradients of LIM's parameters: empty parts, w being the weight (k, k, C); and their sum.
+Tensor parts_for(const Tensor& w) {
+  return at::empty({ON_CUDA(w) ? cuda_parts : cpu_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options());
+}
+
+void add_parts(const Tensor& parts, const Tensor& dweight, const Tensor& dbias) {
+  const Tensor sum = parts.sum(0), taps = sum.slice(0, 0, -1);
+  dweight.copy_(taps.t().reshape(dweight.sizes())), dbias.copy_(sum[-1]);
+}
 
 void window_partition(const Tensor& qkv, int64_t heads, int64_t window, const Tensor& windows) {
   const Tensor map = in_memory(qkv).contiguous();
@@ -83,12 +92,10 @@ void window_merge_lim_backward(const Tensor& grad, const Tensor& qkv, const Tens
                                int64_t window, const Tensor& dz, const Tensor& dqkv, const Tensor& dweight,
                                const Tensor& dbias) {
   const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
-  const Tensor dw = at::empty(dweight.sizes(), w.options()), db = at::empty(dbias.sizes(), w.options());
   const Tensor parts = parts_for(w);
-  const Windows g = windows_of(map, heads, window);
-  RUN(map, merge_lim_backward, g, type_of(map), w.size(0), from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(),
-      dqkv.data_ptr(), dw.data_ptr(), db.data_ptr(), parts.data_ptr());
-  dweight.copy_(dw), dbias.copy_(db);
+  RUN(map, merge_lim_backward, windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
+      w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+  add_parts(parts, dweight, dbias);
 }
 
 void iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window,
@@ -101,10 +108,10 @@ void iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t h
 void iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads, int64_t window,
                    const Tensor& dqkv, const Tensor& dweight, const Tensor& dbias) {
   const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
-  const Tensor dw = at::empty(dweight.sizes(), w.options()), db = at::empty(dbias.sizes(), w.options());
+  const Tensor parts = parts_for(w);
   cpu::iwsa_backward(windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
-                     w.data_ptr(), dqkv.data_ptr(), dw.data_ptr(), db.data_ptr(), parts_for(w).data_ptr());
-  dweight.copy_(dw), dbias.copy_(db);
+                     w.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+  add_parts(parts, dweight, dbias);
 }
 }  // namespace
 

@@ -43,7 +43,7 @@ def no_second_derivative(ctx, *grads):
     raise NotImplementedError(f"the kernels have no second derivatives: {UNFUSE}")
 
 
-# ---------------------------------------------------------------------------- checks
+# ---------------------------------------------------------- checks
 def windows_in(H, W, M):
     return -(-H // M) * -(-W // M)
 
@@ -81,7 +81,7 @@ def check_weight(weight, qkv):
     require(k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k) with k odd, got k={k}")
 
 
-# ---------------------------------------------------------------------------- window_partition: qkv -> windows
+# ---------------------------------------------------------- window_partition: qkv -> windows
 def empty_windows(qkv, heads, M):
     B, H, W, C = check_qkv(qkv, heads, M)
     return qkv.new_empty(3, B * windows_in(H, W, M), heads, M * M, C // heads)
@@ -113,7 +113,7 @@ register_autograd("scalablevit::window_partition", partition_gradients, setup_co
 register_autograd("scalablevit::window_partition_backward", no_second_derivative)
 
 
-# ---------------------------------------------------------------------------- window_merge_lim: Z + F(V), (B, H, W, C)
+# ---------------------------------------------------------- window_merge_lim: Z + F(V), (B, H, W, C)
 def empty_merged(z, qkv, weight, bias, M):
     require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
     heads = z.shape[1]
@@ -150,7 +150,7 @@ register_autograd("scalablevit::window_merge_lim", merge_gradients, setup_contex
 register_autograd("scalablevit::window_merge_lim_backward", no_second_derivative)
 
 
-# ---------------------------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V)
+# ---------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V)
 def empty_iwsa(qkv, weight, bias, heads, M):
     B, H, W, C = check_qkv(qkv, heads, M)
     check_weight(weight, qkv)

@@ -42,7 +42,7 @@ void reference::merge_lim(const Windows& g, Type type, int64_t k, const void* z,
 }
 
 void reference::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
-                                   const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts) {
+                                   const void* weight, void* dz, void* dqkv, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const int64_t C = g.channels(), d = g.d;
@@ -65,6 +65,6 @@ void reference::merge_lim_backward(const Windows& g, Type type, int64_t k, const
         }
       }
     };
-    sum_in_parts(g.strips(), C, k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
+    sum_in_parts(g.strips(), C, k, (Sum<T>*)parts, work);
   });
 }

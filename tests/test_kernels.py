@@ -114,7 +114,8 @@ def test_partition_forward_and_backward_are_bitwise_exact(device, case):
     leaf = qkv.double().requires_grad_()
     to_windows(leaf, heads, M).backward(grad.double())
     got = ops.window_partition_backward(grad.to(device), *qkv.shape[1:3], M)
-    assert got.dtype == grad.dtype and torch.equal(got.cpu().double(), leaf.grad)
+    assert got.dtype == grad.dtype
+    assert torch.equal(got.cpu().double(), leaf.grad)
 
 
 @on_devices
@@ -157,7 +158,8 @@ def test_in_iwsa_a_nan_stays_in_its_window(dtype, channel):
     dqkv, _, _ = ops.iwsa_backward(torch.randn(1, 3, 4, 4).to(dtype), qkv, weight, 1, 3)
     for result in ops.iwsa(qkv, weight, bias, 1, 3), dqkv:
         nan = result.isnan().any(-1)[0]
-        assert nan[1, 0] and not nan[:, 3].any()
+        assert nan[1, 0]
+        assert not nan[:, 3].any()
 
 
 @needs_kernels
@@ -188,7 +190,8 @@ def test_scores_that_differ_in_the_last_bit(dtype):
             qkv[0, 0, :, d] = torch.stack([x, torch.nextafter(x, torch.tensor(math.inf, dtype=dtype))])
             qkv[0, 0, :, 2 * d:2 * d + 2] = torch.eye(2)
             a, b = ops.iwsa(qkv, torch.zeros(d, 1, 1, 1, dtype=dtype), torch.zeros(d, dtype=dtype), 1, 2)[0, 0, 0, :2]
-            assert 0 <= a <= b and abs(a + b - 1) < 1e-5
+            assert 0 <= a <= b
+            assert abs(a + b - 1) < 1e-5
 
 
 @on_devices
@@ -200,7 +203,8 @@ def test_nan_and_infinity_are_preserved(device, dtype):
 
     z = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(dtype).max], dtype=dtype, device=device)
     got = merge(z, z.new_zeros(4))
-    assert torch.equal(got.nan_to_num(7.0), z.nan_to_num(7.0)) and got[0].isnan()
+    assert torch.equal(got.nan_to_num(7.0), z.nan_to_num(7.0))
+    assert got[0].isnan()
     if dtype != torch.float64:                                     # a NaN whose bits, rounded up, would be zero
         bias = torch.full((4,), 0x7fffffff, dtype=torch.int32, device=device).view(torch.float32)
         assert merge(z, bias).isnan().all()
