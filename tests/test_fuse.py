@@ -1,10 +1,9 @@
-"""What `fuse` and `unfuse` do to a model: the same results, which layers are left alone and why, and what it works with.
+"""What `fuse` and `unfuse` do to a model: the same results, which layers are left alone and why, what works with it.
 
 Skipped if the package is not installed.  Without its compiled part most tests still run.
 """
 import copy
 import io
-import math
 import os
 import pathlib
 import shutil
@@ -13,12 +12,13 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import distributed, multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scalablevit
@@ -185,7 +185,7 @@ NOTICED = {  # changes of LIM, which are noticed before and after fuse: name -> 
     "circular": (lim(padding_mode="circular"), "lim is not"),
     "no bias": (lim(bias=False), "lim is not"),
     "oblong": (lim(kernel_size=(3, 5), padding=(1, 2)), "lim is not"),
-    "no convolution": (lambda module: setattr(module, "lim", nn.Identity()), "lim is a torch.nn.modules.linear.Identity"),
+    "no convolution": (lambda module: setattr(module, "lim", nn.Identity()), "lim is a torch.nn.modules"),
     "a subclass": (lambda module: setattr(module, "__class__", Doubled), "a test_fuse.Doubled, not"),
 }
 BEFORE = {  # only noticed before
@@ -388,6 +388,39 @@ def test_checkpointing_gives_the_same_gradients():
     expected = gradients()
     model.set_grad_checkpointing()
     torch.testing.assert_close(gradients(), expected)
+
+
+def train_on_one_rank(rank, folder):
+    """One backward pass under DDP, and under FSDP with fuse called before and after; saves LIM's gradients."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[rank::2]
+    gradients = {}
+    for name in ("DDP", "fuse, then FSDP", "FSDP, then fuse"):
+        model = small().double()
+        if name != "FSDP, then fuse":
+            fuse(model)
+        call = DistributedDataParallel(model) if name == "DDP" else fully_shard(model)
+        fuse(model)
+        call(x).square().sum().backward()
+        assert {FusedIWSA, FusedSSA} < set(kinds(model))
+        grad = model.stages[0].blocks[0].attn.lim.weight.grad
+        gradients[name] = grad if name == "DDP" else grad.full_tensor()
+    torch.save(gradients, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_ddp_and_fsdp_on_two_processes_equal_one(tmp_path):
+    multiprocessing.spawn(train_on_one_rank, (str(tmp_path),), nprocs=2)
+    model = small().double()
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (model(x).square().sum() / 2).backward()                        # both average over the ranks
+    expected = model.stages[0].blocks[0].attn.lim.weight.grad
+    for rank in (0, 1):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        assert len(gradients) == 3
+        for got in gradients.values():
+            torch.testing.assert_close(got, expected)
 
 
 @on_devices
