@@ -1,12 +1,12 @@
-"""The operators torch.ops.scalablevit.*: a schema, a kernel, outputs and a gradient for each.
+"""The operators torch.ops.scalablevit.*, each with a schema, checks and outputs, a kernel and a gradient.
 
     qkv      (B, H, W, 3C)                  Q, K and V of every token
-    windows  (3, B·windows, heads, M², d)   the same in M x M windows, zeros beyond the map; d = C / heads
-    z        (B·windows, heads, M², d)      attention's output
-    weight   (C, 1, k, k), bias (C)         LIM's, k odd; may be float32 with 16-bit qkv, as under autocast
+    windows  (3, B·windows, heads, M², d)   the same in M x M windows, zeros beyond the map
+    z        (B·windows, heads, M², d)      attention's output; d = C / heads
+    weight   (C, 1, k, k), bias (C)         LIM's; may be float32 with 16-bit qkv, as under autocast
 
-For each operator, one function checks the inputs and returns empty outputs.  The kernel (ops.cpp) fills them;
-torch.compile and torch.export call only the function, as the operator's fake implementation.
+One function for each operator checks the inputs and returns empty outputs.  The kernel (ops.cpp) fills
+them; torch.compile and torch.export call only the function, as the fake implementation.
 """
 import torch
 from torch import _check as require
@@ -19,14 +19,18 @@ LIBRARY = Library("scalablevit", "DEF")
 UNFUSE = "call scalablevit_kernels.unfuse(model) first"
 
 
-def define(schema, empty_outputs, devices=_C.devices):
-    """Define an operator: `empty_outputs` checks its arguments, the kernel of its name fills the outputs."""
+def no_second_derivative(ctx, *grads):
+    raise NotImplementedError(f"the kernels have no second derivatives: {UNFUSE}")
+
+
+def define(schema, empty_outputs, gradients=no_second_derivative, save=None, devices=_C.devices):
+    """Define an operator.  `empty_outputs` checks its arguments, the kernel of its name fills the outputs."""
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
     kernel = getattr(_C, name)
 
     def run(*args):
-        require(forward_ad._current_level < 0, lambda: f"{name} has no forward-mode derivative: {UNFUSE}")
+        require(forward_ad._current_level < 0, lambda: f"{name} has no forward mode: {UNFUSE}")
         outputs = empty_outputs(*args)
         kernel(*args, *(outputs if isinstance(outputs, tuple) else [outputs]))
         return outputs
@@ -36,11 +40,8 @@ def define(schema, empty_outputs, devices=_C.devices):
 
     impl(f"scalablevit::{name}", devices, run)
     register_fake(f"scalablevit::{name}", empty_outputs)
+    register_autograd(f"scalablevit::{name}", gradients, setup_context=save)
     LIBRARY.impl(name, refuse, "FuncTorchDynamicLayerFrontMode")    # where torch.func intercepts
-
-
-def no_second_derivative(ctx, *grads):
-    raise NotImplementedError(f"the kernels have no second derivatives: {UNFUSE}")
 
 
 # ---------------------------------------------------------- checks
@@ -49,7 +50,7 @@ def windows_in(H, W, M):
 
 
 def check_qkv(qkv, heads, M):
-    """Returns B, H, W, C.  All checks raise RuntimeError with what was given and what is accepted."""
+    """Returns B, H, W, C.  All checks raise RuntimeError with what was given and is accepted."""
     require(qkv.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16),
             lambda: f"expected float32, float64, bfloat16 or float16, got {qkv.dtype}")
     require(qkv.ndim == 4, lambda: f"qkv must have shape (B, H, W, 3C), got {tuple(qkv.shape)}")
@@ -72,13 +73,15 @@ def check_tensor(name, tensor, shape, dtypes, device):
                     f"got {tensor.dtype} on {tensor.device}")
 
 
-def check_weight(weight, qkv):
-    C = qkv.shape[3] // 3
+def check_lim(qkv, heads, M, weight):
+    """Check qkv and LIM's weight.  Returns B, H, W, C."""
+    B, H, W, C = check_qkv(qkv, heads, M)
     k = weight.shape[-1] if weight.ndim else 0
     sixteen_bits = qkv.dtype in (torch.bfloat16, torch.float16)
     dtypes = [qkv.dtype, torch.float32] if sixteen_bits else [qkv.dtype]
     check_tensor("weight", weight, (C, 1, k, k), dtypes, qkv.device)
     require(k % 2 == 1, lambda: f"weight must have shape (C, 1, k, k) with k odd, got k={k}")
+    return B, H, W, C
 
 
 # ---------------------------------------------------------- window_partition: qkv -> windows
@@ -88,10 +91,10 @@ def empty_windows(qkv, heads, M):
 
 
 def empty_map(grad, H, W, M):
-    require(grad.ndim == 5 and grad.shape[0] == 3 and grad.shape[3] == M * M
-            and min(H, W, M) > 0 and max(H, W) < 2 ** 31 and grad.shape[1] % windows_in(H, W, M) == 0,
-            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and a "
-                    f"window of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
+    fits = grad.ndim == 5 and grad.shape[0] == 3 and grad.shape[3] == M * M and min(H, W, M) > 0
+    require(fits and max(H, W) < 2 ** 31 and grad.shape[1] % windows_in(H, W, M) == 0,
+            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and "
+                    f"a window of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
     _, n, heads, _, d = grad.shape
     shape = (n // windows_in(H, W, M), H, W, 3 * heads * d)
     check_qkv(torch.empty(shape, dtype=grad.dtype, device="meta"), heads, M)
@@ -107,28 +110,55 @@ def partition_gradients(ctx, grad):
     return torch.ops.scalablevit.window_partition_backward(grad, *ctx.sizes), None, None
 
 
-define("window_partition(Tensor qkv, int heads, SymInt window) -> Tensor", empty_windows)
-define("window_partition_backward(Tensor grad, SymInt H, SymInt W, SymInt window) -> Tensor", empty_map)
-register_autograd("scalablevit::window_partition", partition_gradients, setup_context=save_for_partition)
-register_autograd("scalablevit::window_partition_backward", no_second_derivative)
+define("window_partition(Tensor qkv, int heads, SymInt window) -> Tensor",
+       empty_windows, partition_gradients, save_for_partition)
+define("window_partition_backward(Tensor grad, SymInt H, SymInt W, SymInt window) -> Tensor",
+       empty_map)
 
 
-# ---------------------------------------------------------- window_merge_lim: Z + F(V), (B, H, W, C)
-def empty_merged(z, qkv, weight, bias, M):
-    require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
-    heads = z.shape[1]
-    B, H, W, C = check_qkv(qkv, heads, M)
-    shape = (B * windows_in(H, W, M), heads, M * M, C // heads)
-    check_tensor("z", z, shape, [qkv.dtype], qkv.device)
-    check_weight(weight, qkv)
+# ---------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V), (B, H, W, C)
+def empty_iwsa(qkv, weight, bias, heads, M):
+    B, H, W, C = check_lim(qkv, heads, M, weight)
     check_tensor("bias", bias, (C,), [weight.dtype], qkv.device)
     return qkv.new_empty(B, H, W, C)
 
 
+def empty_iwsa_gradients(grad, qkv, weight, heads, M):
+    B, H, W, C = check_lim(qkv, heads, M, weight)
+    check_tensor("grad", grad, (B, H, W, C), [qkv.dtype], qkv.device)
+    return qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C)
+
+
+def save_for_iwsa(ctx, inputs, output):
+    qkv, weight, _, *ctx.sizes = inputs                             # sizes: heads, M
+    ctx.save_for_backward(qkv, weight)
+
+
+def iwsa_gradients(ctx, grad):
+    return *torch.ops.scalablevit.iwsa_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None
+
+
+define("iwsa(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor",
+       empty_iwsa, iwsa_gradients, save_for_iwsa, devices="cpu")
+define("iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
+       " -> (Tensor, Tensor, Tensor)", empty_iwsa_gradients, devices="cpu")
+
+
+# ---------------------------------------------------------- window_merge_lim: z, qkv -> Z + F(V)
+def empty_merged(z, qkv, weight, bias, M):
+    require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
+    heads = z.shape[1]
+    out = empty_iwsa(qkv, weight, bias, heads, M)
+    B, H, W, C = out.shape
+    shape = (B * windows_in(H, W, M), heads, M * M, C // heads)
+    check_tensor("z", z, shape, [qkv.dtype], qkv.device)
+    return out
+
+
 def empty_merge_gradients(grad, qkv, weight, heads, M):
-    B, H, W, C = check_qkv(qkv, heads, M)
-    dz = qkv.new_empty(B * windows_in(H, W, M), heads, M * M, C // heads)
-    return dz, *empty_iwsa_gradients(grad, qkv, weight, heads, M)
+    others = empty_iwsa_gradients(grad, qkv, weight, heads, M)
+    B, H, W, C = grad.shape
+    return qkv.new_empty(B * windows_in(H, W, M), heads, M * M, C // heads), *others
 
 
 def save_for_merge(ctx, inputs, output):
@@ -138,46 +168,11 @@ def save_for_merge(ctx, inputs, output):
 
 
 def merge_gradients(ctx, grad):
-    gradients = torch.ops.scalablevit.window_merge_lim_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    return *gradients, None
+    backward = torch.ops.scalablevit.window_merge_lim_backward
+    return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None
 
 
 define("window_merge_lim(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor",
-       empty_merged)
+       empty_merged, merge_gradients, save_for_merge)
 define("window_merge_lim_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
        " -> (Tensor, Tensor, Tensor, Tensor)", empty_merge_gradients)
-register_autograd("scalablevit::window_merge_lim", merge_gradients, setup_context=save_for_merge)
-register_autograd("scalablevit::window_merge_lim_backward", no_second_derivative)
-
-
-# ---------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V)
-def empty_iwsa(qkv, weight, bias, heads, M):
-    B, H, W, C = check_qkv(qkv, heads, M)
-    check_weight(weight, qkv)
-    check_tensor("bias", bias, (C,), [weight.dtype], qkv.device)
-    return qkv.new_empty(B, H, W, C)
-
-
-def empty_iwsa_gradients(grad, qkv, weight, heads, M):
-    B, H, W, C = check_qkv(qkv, heads, M)
-    check_weight(weight, qkv)
-    check_tensor("grad", grad, (B, H, W, C), [qkv.dtype], qkv.device)
-    return qkv.new_empty(qkv.shape), weight.new_empty(weight.shape), weight.new_empty(C)
-
-
-def save_for_iwsa(ctx, inputs, output):
-    qkv, weight, _, heads, M = inputs
-    ctx.save_for_backward(qkv, weight)
-    ctx.sizes = (heads, M)
-
-
-def iwsa_gradients(ctx, grad):
-    gradients = torch.ops.scalablevit.iwsa_backward(grad, *ctx.saved_tensors, *ctx.sizes)
-    return *gradients, None, None
-
-
-define("iwsa(Tensor qkv, Tensor weight, Tensor bias, int heads, SymInt window) -> Tensor", empty_iwsa, "cpu")
-define("iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
-       " -> (Tensor, Tensor, Tensor)", empty_iwsa_gradients, "cpu")
-register_autograd("scalablevit::iwsa", iwsa_gradients, setup_context=save_for_iwsa)
-register_autograd("scalablevit::iwsa_backward", no_second_derivative)
