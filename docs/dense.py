@@ -107,24 +107,17 @@ class ADE20K(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------------------- Training
 def pretrained(name, file=None):
-    """scalablevit_NAME without a head, optionally with weights published or trained by train_minimal.py.
-
-    Raises SystemExit for weights of another size.
-    """
-    config, weights = {}, None
-    if file:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # some published files contain one
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        config, weights = checkpoint.get("config", {}), checkpoint.get("model", checkpoint)
-        if "patch_embeds.0.proj.weight" in weights:
-            config, weights = scalablevit.official_kwargs(weights), scalablevit.convert_official(weights)
-    build = getattr(scalablevit, f"scalablevit_{name}")
-    if weights and (dim := len(weights["stages.0.embed.norm.weight"])) != build.keywords["dim"]:
-        raise SystemExit(f"{file} is not a scalablevit_{name}: it has {dim} channels, not {build.keywords['dim']}")
-    backbone = build(**config | {"num_classes": 0})
-    if weights:
-        backbone.load_state_dict({key: w for key, w in weights.items() if not key.startswith("head.")})
-    return backbone
+    """scalablevit_NAME without a head, with the weights in `file`, if given; SystemExit if they are of another size."""
+    backbone = getattr(scalablevit, f"scalablevit_{name}")(num_classes=0)
+    if file is None:
+        return backbone
+    try:
+        loaded = scalablevit.load_model(file, num_classes=0)
+    except ValueError as error:
+        raise SystemExit(error)
+    if loaded.channels != backbone.channels:
+        raise SystemExit(f"{file} is not a scalablevit_{name}: its channels are {loaded.channels}, not {backbone.channels}")
+    return loaded.train()
 
 
 def batches(dataset, batch_size, workers=0, collate=None):

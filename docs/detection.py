@@ -35,8 +35,7 @@ class Pyramid(torch.nn.Module):
     def __init__(self, backbone, first, width, extra):
         super().__init__()
         self.backbone, self.first, self.out_channels = backbone, first, width
-        channels = [stage.embed.conv.out_channels for stage in backbone.stages]         # C_i, at strides 4, 8, 16, 32
-        self.fpn = ops.FeaturePyramidNetwork(channels[first:], width, extra)
+        self.fpn = ops.FeaturePyramidNetwork(backbone.channels[first:], width, extra)
 
     def forward(self, images):
         maps = self.backbone.forward_features(images)[self.first:]

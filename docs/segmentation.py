@@ -41,7 +41,7 @@ class SemanticFPN(nn.Module):
     def __init__(self, backbone, num_classes=150, width=256, head=128):
         super().__init__()
         self.backbone = backbone
-        channels = [stage.embed.conv.out_channels for stage in backbone.stages]         # C_i, at strides 4, 8, 16, 32
+        channels = backbone.channels
         self.lateral = nn.ModuleList(nn.Conv2d(C, width, 1) for C in channels)
         self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
         self.scale = nn.ModuleList(                                # level i: i times convolution and 2x upsampling
@@ -73,7 +73,7 @@ class UperNet(nn.Module):
     def __init__(self, backbone, num_classes=150, width=512, head=256, bins=(1, 2, 3, 6)):
         super().__init__()
         self.backbone = backbone
-        channels = [stage.embed.conv.out_channels for stage in backbone.stages]         # C_i, at strides 4, 8, 16, 32
+        channels = backbone.channels
         self.pool = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(channels[-1], width, 1)) for n in bins)
         self.bottleneck = conv(channels[-1] + len(bins) * width, width)
         self.lateral = nn.ModuleList(conv(C, width, 1) for C in channels[:-1])

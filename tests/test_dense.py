@@ -38,7 +38,7 @@ class Maps(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.channels = [stage.embed.conv.out_channels for stage in backbone.stages]
+        self.channels = backbone.channels
 
     def forward_features(self, images):
         H, W = images.shape[2:]

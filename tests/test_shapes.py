@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from helpers import architectures
 from scalablevit import ATTENTION, Block, PEG, PatchEmbed, ScalableViT, WSA, scalablevit_tiny
@@ -98,6 +99,22 @@ def test_no_weight_decay_names_biases_norms_and_the_peg(kwargs):
 
 
 # ------------------------------------------------------------------------------------------------ order in a stage
+@given(architectures())
+def test_channels_are_the_maps_channels(kwargs):
+    model = ScalableViT(**kwargs)
+    with torch.no_grad():
+        maps = model.forward_features(torch.zeros(1, kwargs["in_chans"], 32, 32))
+    assert model.channels == [feature_map.shape[1] for feature_map in maps]
+    assert model.num_features == model.channels[-1]
+
+
+def test_a_model_can_be_built_without_memory():
+    """With fake tensors, as tools that plan memory do."""
+    with FakeTensorMode():
+        model = scalablevit_tiny(drop_path_rate=0.3)
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+
+
 def test_a_stage_is_embedding_block_peg_blocks():
     """The modules are called in the order of Figure 2."""
     model, called = scalablevit_tiny(), []

@@ -7,7 +7,8 @@ from hypothesis import given, strategies as st
 
 from helpers import (depthwise_by_hand, plain_pieces, random_tokens, randomised, shifted_pieces, ssa_by_hand,
                      windows_by_hand)
-from scalablevit import IWSA, LEM, PEG, SSA, SWSA, WSA, attention, depthwise, window_merge, window_partition
+from scalablevit import (IWSA, LEM, PEG, SSA, SWSA, WSA, attention, depthwise, merge_heads, split_heads, window_merge,
+                         window_partition)
 
 sides = st.integers(1, 14)
 windows = st.integers(1, 8)
@@ -58,20 +59,28 @@ def test_lim_connects_windows_and_lem_does_not():
     assert torch.equal(differs, ~(inner[:, None] & inner[None, :]))
 
 
-@given(sides, sides, windows, heads_and_width, st.integers(1, 3))
-def test_merge_inverts_partition(H, W, M, hd, B):
-    heads, d = hd
-    C = heads * d
-    qkv = random_tokens(B, H, W, 3 * C)
-    parts = window_partition(qkv, heads, M)
+@given(sides, sides, windows, st.integers(1, 6), st.integers(1, 3))
+def test_merge_inverts_partition(H, W, M, C, B):
+    x = random_tokens(B, H, W, C)
+    parts = window_partition(x, M)
     h, w = len(plain_pieces(H, M)), len(plain_pieces(W, M))
-    assert parts.shape == (3, B * h * w, heads, M * M, d)
-    for part, chunk in zip(parts, qkv.split(C, dim=-1)):
-        assert torch.equal(window_merge(part, H, W, M), chunk)
-    window = qkv.new_zeros(M, M, C)                                 # the last window's values, zero-padded
-    corner = qkv[-1, plain_pieces(H, M)[-1], plain_pieces(W, M)[-1], 2 * C:]
+    assert parts.shape == (B * h * w, M * M, C)
+    assert torch.equal(window_merge(parts, H, W, M), x)
+    window = x.new_zeros(M, M, C)                                   # the last window, zero-padded
+    corner = x[-1, plain_pieces(H, M)[-1], plain_pieces(W, M)[-1]]
     window[:corner.shape[0], :corner.shape[1]] = corner
-    assert torch.equal(parts[2, -1], window.reshape(M * M, heads, d).transpose(0, 1))
+    assert torch.equal(parts[-1], window.reshape(M * M, C))
+
+
+@given(st.integers(1, 5), st.integers(1, 9), heads_and_width)
+def test_a_head_has_d_adjacent_channels(B, n, hd):
+    heads, d = hd
+    x = random_tokens(B, n, heads * d)
+    split = split_heads(x, heads)
+    assert split.shape == (B, heads, n, d)
+    for head in range(heads):
+        assert torch.equal(split[:, head], x[:, :, head * d:(head + 1) * d])
+    assert torch.equal(merge_heads(split), x)
 
 
 @given(sides, sides, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([0.25, 0.5, 1.0, 1.25, 1.35, 2.0]),
