@@ -1,10 +1,10 @@
-"""`fuse(model)` makes attention faster and smaller by switching layers to subclasses that override `forward`.
+"""`fuse(model)` switches attention layers to faster subclasses that need less memory.
 
-    FusedIWSA   equations (4) and (5): on a CPU in one pass over memory; on a GPU in one kernel before
+    FusedIWSA   equations (4) and (5): one pass over memory on a CPU; on a GPU a kernel before
                 PyTorch's attention and one after
-    FusedSSA    equation (2) by PyTorch's attention, which never writes the N x N_rn scores to memory
+    FusedSSA    equation (2) by PyTorch's attention, which never writes the N x N_rn scores
 
-Without the compiled kernels FusedIWSA, too, is PyTorch's attention.
+Without the compiled kernels FusedIWSA is PyTorch's attention, too.
 """
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import scalablevit
-from scalablevit import IWSA, SSA, convolve, window_merge, window_partition
+from scalablevit import (
+    IWSA, SSA, convolve, merge_heads, pad_to_multiple, split_heads, window_merge, window_partition,
+)
 
 try:
-    from . import ops as _ops  # noqa: F401  (defines torch.ops.scalablevit)
+    from . import ops as _                              # defines torch.ops.scalablevit
     from ._C import devices                             # "cpu", and "cuda" if it was built
-    WHY_NO_KERNELS = None
 except ImportError as error:
     devices = ()
     note = Path(__file__).with_name("not_built.txt")    # written by setup.py
@@ -28,93 +29,78 @@ except ImportError as error:
 BUILD = "pip install setuptools wheel ninja && pip install --no-build-isolation ."
 
 
-# ---------------------------------------------------------- the two layers
-def attention(q, k, v, scale, mask=None):
-    """scalablevit.attention by PyTorch's kernels, where they pay.
-
-    q (…, n, d), k (…, m, d), v (…, m, d_v), mask (…, n or 1, m)  ->  (…, n, d_v)
-    """
-    if not pays(k):
-        return scalablevit.attention(q, k, v, scale, mask)
-    d_v = v.shape[-1]
-    if q.device.type == "cpu":                          # its fast kernel needs d = d_v
-        width = max(q.shape[-1], d_v)
-        q, k, v = padded(q, width), padded(k, width), padded(v, width)
-    z = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    return z[..., :d_v]
-
-
+# ---------------------------------------------------------------- the two layers
 def pays(k):
-    """Whether PyTorch's kernels are faster with these keys (…, m, d): on a GPU always, on a CPU if they are many.
+    """Whether PyTorch's attention pays for keys (…, m, d): always on a GPU, if many on a CPU.
 
-    The limits on a CPU are measured, in inference and training (docs/kernels.md).  With few keys the scores
-    fit in cache, and plain matrix products of 16-bit numbers are faster.
+    Measured in inference and training (docs/kernels.md).  The scores of few keys fit in cache, and
+    plain matrix products of 16-bit numbers are faster.
     """
     if k.device.type == "cpu":
         return k.shape[-2] >= (512 if k.element_size() == 2 else 128)
     return k.device.type == "cuda"
 
 
-def padded(t, width):
-    """Zeros as further channels: they change no score, and those of V are cut off."""
-    missing = width - t.shape[-1]
-    return F.pad(t, (0, missing)) if missing else t
+def attention(q, k, v, scale, mask=None):
+    """scalablevit.attention by PyTorch's where it pays; q (…, n, d), k (…, m, d), v (…, m, d_v)."""
+    if not pays(k):
+        return scalablevit.attention(q, k, v, scale, mask)
+    d, d_v = q.shape[-1], v.shape[-1]
+    if q.device.type == "cpu" and d != d_v:             # the fast kernel needs d = d_v: add zeros
+        q = F.pad(q, (0, max(d_v - d, 0)))
+        k = F.pad(k, (0, max(d_v - d, 0)))
+        v = F.pad(v, (0, max(d - d_v, 0)))
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)[..., :d_v]
 
 
 class FusedSSA(SSA):
     def forward(self, x):
-        B, H, W, C = x.shape
-        reduced = x
+        tokens = reduced = x.flatten(1, 2)                          # (B, N, C)
         if self.s > 1:
-            cells = F.pad(x, (0, 0, 0, -W % self.s, 0, -H % self.s))
-            reduced = F.gelu(self.norm(convolve(self.reduce, cells)))  # (B, ⌈H/s⌉, ⌈W/s⌉, C')
-        q = split_heads(self.q(x), self.heads)                      # (B, heads, N, C'/heads)
-        k = split_heads(self.k(reduced), self.heads)                # (B, heads, N_rn, C'/heads)
-        v = split_heads(self.v(reduced), self.heads)                # (B, heads, N_rn, C/heads)
-        z = attention(q, k, v, self.scale)                          # (B, heads, N, C/heads)  (2)
-        return self.proj(z.transpose(1, 2).reshape(B, H, W, C))
-
-
-def split_heads(tokens, heads):
-    """(B, H, W, heads · d) -> (B, heads, H · W, d)"""
-    return tokens.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)
+            reduced = convolve(self.reduce, pad_to_multiple(x, self.s)).flatten(1, 2)
+            reduced = F.gelu(self.norm(reduced))                    # (B, N_rn, C')
+        q = split_heads(self.q(tokens), self.heads)                 # Q' (B, heads, N, C'/heads)
+        k = split_heads(self.k(reduced), self.heads)                # K' (B, heads, N_rn, C'/heads)
+        v = split_heads(self.v(reduced), self.heads)                # V' (B, heads, N_rn, C/heads)
+        z = attention(q, k, v, self.scale)                          # (2): (B, heads, N, C/heads)
+        return self.proj(merge_heads(z).view_as(x))
 
 
 class FusedIWSA(IWSA):
     def forward(self, x):
         device = x.device.type
         if device not in devices or not is_plain_lim(self.lim):
-            return super().forward(x)                   # which calls `attend`
-        kernels = torch.ops.scalablevit
+            return super().forward(x)                               # with `attend` below
+        ops = torch.ops.scalablevit
         weight, bias = self.lim.weight, self.lim.bias
-        qkv = self.qkv(x)                                                           # (B, H, W, 3C)
+        qkv = self.qkv(x)                                           # (B, H, W, 3C)
         M = min(self.window, max(qkv.shape[1:3]))
         if device == "cpu":
-            return self.proj(kernels.iwsa(qkv, weight, bias, self.heads, M))
-        q, k, v = kernels.window_partition(qkv, self.heads, M)      # (B·windows, heads, M², d)
-        z = F.scaled_dot_product_attention(q, k, v, real_keys(qkv, M))  # (B·windows, heads, M², d)
-        return self.proj(kernels.window_merge_lim(z, qkv, weight, bias, M))
+            return self.proj(ops.iwsa(qkv, weight, bias, self.heads, M))
+        q, k, v = ops.window_partition(qkv, self.heads, M)          # (B·windows, heads, M², d)
+        z = F.scaled_dot_product_attention(q, k, v, real_tokens(qkv, M))
+        return self.proj(ops.window_merge_lim(z, qkv, weight, bias, M))
 
     def attend(self, qkv, top=0, left=0):
-        """WSA.attend with the `attention` above.  IWSA has no padding at the top or left."""
+        """WSA.attend with the `attention` above; IWSA has no padding at the top and left."""
         H, W = qkv.shape[1:3]
         M = min(self.window, max(H, W))
-        q, k, v = window_partition(qkv, self.heads, M)              # (B·windows, heads, M², d)
-        z = attention(q, k, v, q.shape[-1] ** -0.5, real_keys(qkv, M))  # (B·windows, heads, M², d)
-        return window_merge(z, H, W, M)
+        qkv_n = window_partition(qkv, M).unflatten(2, (3, -1)).movedim(2, 0)
+        q, k, v = split_heads(qkv_n, self.heads).contiguous()       # (B·windows, heads, M², d)
+        z = attention(q, k, v, q.shape[-1] ** -0.5, real_tokens(qkv, M))
+        return window_merge(merge_heads(z), H, W, M)
 
 
-def real_keys(qkv, M):
-    """Which tokens of each window are inside the map: (B·windows, 1, 1, M²), or None for all."""
+def real_tokens(qkv, M):
+    """Which tokens of each window are on the map, (B·windows, 1, 1, M²); None if all are."""
     H, W = qkv.shape[1:3]
     if H % M == 0 and W % M == 0:
         return None
-    inside = window_partition(torch.ones_like(qkv[..., :3]), 1, M)[0]  # (B·windows, 1, M², 1)
-    return inside.transpose(-2, -1) > 0
+    return window_partition(torch.ones_like(qkv[..., :1]), M).transpose(-2, -1)[:, None] > 0
 
 
 def is_plain_lim(lim):
-    """Whether LIM is a convolution as `scalablevit.depthwise` makes it, of any odd size, with no hooks."""
+    """Whether LIM is as `scalablevit.depthwise` makes it, of any odd size, and has no hooks."""
     if type(lim) is not nn.Conv2d or lim.bias is None or has_hooks(lim) or "forward" in vars(lim):
         return False
     k = lim.kernel_size[0]
@@ -128,12 +114,12 @@ def has_hooks(module):
                 or module._backward_pre_hooks or _has_any_global_hook())
 
 
-# ---------------------------------------------------------- which layers can be switched
+# ---------------------------------------------------------------- which layers can be switched
 FUSED = {IWSA: FusedIWSA, SSA: FusedSSA}
 PARTS = {
-    IWSA: {"qkv": nn.Linear, "proj": nn.Linear, "lim": nn.Conv2d},
-    SSA: {"q": nn.Linear, "k": nn.Linear, "v": nn.Linear, "proj": nn.Linear, "norm": nn.LayerNorm,
-          "reduce": nn.Sequential, "reduce.0": nn.Conv2d, "reduce.1": nn.Conv2d},
+    IWSA: dict(qkv=nn.Linear, proj=nn.Linear, lim=nn.Conv2d),
+    SSA: dict(q=nn.Linear, k=nn.Linear, v=nn.Linear, proj=nn.Linear, norm=nn.LayerNorm,
+              reduce=nn.Sequential) | {"reduce.0": nn.Conv2d, "reduce.1": nn.Conv2d},
 }
 
 
@@ -145,16 +131,14 @@ def why_not(layer):
     if _has_any_global_hook():
         return "PyTorch has global module hooks"
     for name, part in layer.named_modules():            # the layer itself has the name ""
-        expected = PARTS[cls].get(name) if name else cls
-        if type(part) is not expected:
+        if name and type(part) is not PARTS[cls].get(name):
             return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
         if has_hooks(part):
             return f"{name or 'it'} has a hook"
-        if "forward" in vars(part) or "attend" in vars(part):
+        if {"forward", "attend"} & set(vars(part)):
             return f"{name or 'it'} has a method of its own"
-    own = [*layer._parameters, *layer._buffers]
-    if own:
-        return f"it has a parameter or buffer of its own, {own[0]}"
+    for name in [*layer._parameters, *layer._buffers]:
+        return f"it has a parameter or buffer of its own, {name}"
     if any(p.is_meta for p in layer.parameters()):
         return "it is on the meta device: call fuse when it has weights"
     if cls is IWSA and not is_plain_lim(layer.lim):
@@ -162,19 +146,19 @@ def why_not(layer):
     return None
 
 
-def why_edited(cls):
-    """Why layers of this class do not compute what their fused form does; None if they do.
+# Small layers and maps to compare: few and many keys, windows cut or not, maps smaller than one.
+CASES = [(IWSA, dict(window=12), [(12, 24), (13, 20), (5, 17), (5, 4)]),
+         (SSA, dict(rc=1.25, rn=1 / 4), [(24, 23), (3, 5)]),
+         (SSA, dict(rc=1.25), [(12, 11), (3, 5)])]
 
-    Finds an edited file by comparing outputs and gradients of small layers, with few and many keys, on maps
-    with and without cut windows and narrower than one.
-    """
-    cases = {IWSA: [(dict(window=12), [(12, 24), (13, 20), (5, 17), (5, 4)])],
-             SSA: [(dict(rc=1.25, rn=1 / 4), [(24, 23), (3, 5)]), (dict(rc=1.25), [(12, 11), (3, 5)])]}
-    try:                                      # on a CPU with gradients, whatever the caller's modes
+
+def why_edited(cls):
+    """Why an edited file forbids to switch this class; None if it computes what FUSED[cls] does."""
+    try:                                # on a CPU with gradients, whatever the caller's modes
         with (torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(),
               torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):
-            for kwargs, sizes in cases[cls]:
-                if not computes_the_same(cls(8, 2, **kwargs), sizes):
+            for own, kwargs, sizes in CASES:
+                if own is cls and not computes_the_same(cls(8, 2, **kwargs), sizes):
                     return "it does not compute what its fused form computes"
     except Exception as error:
         return f"comparing it with its fused form raised {type(error).__name__}: {error}"
@@ -182,58 +166,58 @@ def why_edited(cls):
 
 
 def computes_the_same(layer, sizes):
-    """Compare a layer with its fused form, in float64, in train and eval mode."""
+    """Compare a layer with its fused form: outputs and gradients, float64, train and eval mode."""
     generator = torch.Generator("cpu").manual_seed(0)
     plain, fused = type(layer), FUSED[type(layer)]
     layer.double()
     for p in layer.parameters():
         nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
+
+    def results(cls):
+        layer.__class__ = cls
+        out = layer(x)
+        inputs = [x, *layer.parameters()]
+        return [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
+
     for H, W in sizes:
         x = torch.randn(2, H, W, 8, dtype=torch.float64, generator=generator, requires_grad=True)
         for training in (True, False):
             layer.train(training)
-            pairs = zip(results(layer, plain, x), results(layer, fused, x))
-            if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
-                return False
+            for a, b in zip(results(plain), results(fused)):
+                if not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
+                    return False
     return True
 
 
-def results(layer, cls, x):
-    """Output, and the gradients of x and the parameters, of the layer as a `cls`."""
-    layer.__class__ = cls
-    out = layer(x)
-    inputs = [x, *layer.parameters()]
-    return [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
-
-
-# ---------------------------------------------------------- fuse and unfuse
+# ---------------------------------------------------------------- fuse and unfuse
 def fuse(model):
-    """Switch the model's IWSA and SSA layers to FusedIWSA and FusedSSA, in place; returns the model.
+    """Switch the model's IWSA and SSA to FusedIWSA and FusedSSA, in place; returns the model.
 
-    Parameters, state dict and results (up to rounding) stay the same.  Prints which layers are left as they
-    are, and why.  Call it last, as torch.compile: later changes of a layer may go unnoticed.
+    Parameters, state dict and results (up to rounding) stay the same.  Prints which layers are left
+    as they are, and why.  Call it last, as torch.compile: later changes may go unnoticed.
     """
-    layers = {}                                         # those that can be switched, by class
-    left = {}                                           # names of the others, by reason
+    edited = {}                         # class: why none of its layers can be switched, or None
+    left = {}                           # reason: names of layers left alone
     for name, layer in model.named_modules():
-        names_of_bases = {cls.__name__ for cls in type(layer).__mro__}  # also those of a copy of the file
-        if names_of_bases & {"IWSA", "SSA"} and type(layer) not in FUSED.values():
-            reason = why_not(layer)
-            if reason is None:
-                layers.setdefault(type(layer), []).append(layer)
-            else:
-                left.setdefault(reason, []).append(name or "the model")
+        cls = type(layer)
+        bases = {base.__name__ for base in cls.__mro__}     # also those of a copy of the file
+        if not bases & {"IWSA", "SSA"} or cls in FUSED.values():
+            continue
+        reason = why_not(layer)
+        if reason is None:
+            if cls not in edited:
+                edited[cls] = why_edited(cls)
+            if edited[cls] is None:
+                layer.__class__ = FUSED[cls]
+        else:
+            left.setdefault(reason, []).append(name or "the model")
     for reason, names in left.items():
         print(f"not fused: {', '.join(names)} ({reason})")
-    for cls, own in layers.items():
-        edited = why_edited(cls)
-        if edited is not None:
-            print(f"not fused: all layers of class {cls.__name__} ({edited})")
-            continue
-        for layer in own:
-            layer.__class__ = FUSED[cls]
-        if cls is IWSA and not devices:
-            print(f"fused without compiled kernels: {WHY_NO_KERNELS}; to build them: {BUILD}")
+    for cls, reason in edited.items():
+        if reason is not None:
+            print(f"not fused: all layers of class {cls.__name__} ({reason})")
+        elif cls is IWSA and not devices:
+            print(f"fused without the compiled kernels ({WHY_NO_KERNELS}); to build them: {BUILD}")
     return model
 
 

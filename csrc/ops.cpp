@@ -61,7 +61,6 @@ Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
 Tensor parts_for(const Tensor& w) {
   return at::empty({ON_CUDA(w) ? cuda_parts : cpu_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options());
 }
-
 void add_parts(const Tensor& parts, const Tensor& dweight, const Tensor& dbias) {
   const Tensor sum = parts.sum(0), taps = sum.slice(0, 0, -1);
   dweight.copy_(taps.t().reshape(dweight.sizes())), dbias.copy_(sum[-1]);

@@ -1,12 +1,12 @@
-"""The operators torch.ops.scalablevit.*, each with a schema, checks and outputs, a kernel and a gradient.
+"""The operators torch.ops.scalablevit.*: for each a schema, checks, outputs, a kernel, a gradient.
 
     qkv      (B, H, W, 3C)                  Q, K and V of every token
     windows  (3, B·windows, heads, M², d)   the same in M x M windows, zeros beyond the map
     z        (B·windows, heads, M², d)      attention's output; d = C / heads
     weight   (C, 1, k, k), bias (C)         LIM's; may be float32 with 16-bit qkv, as under autocast
 
-One function for each operator checks the inputs and returns empty outputs.  The kernel (ops.cpp) fills
-them; torch.compile and torch.export call only the function, as the fake implementation.
+One function for each operator checks the inputs and returns empty outputs.  The kernel (ops.cpp)
+fills them; torch.compile and torch.export call only the function, as the fake implementation.
 """
 import torch
 from torch import _check as require
@@ -24,7 +24,7 @@ def no_second_derivative(ctx, *grads):
 
 
 def define(schema, empty_outputs, gradients=no_second_derivative, save=None, devices=_C.devices):
-    """Define an operator.  `empty_outputs` checks its arguments, the kernel of its name fills the outputs."""
+    """Define an operator.  `empty_outputs` checks its arguments, the kernel fills the outputs."""
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
     kernel = getattr(_C, name)
@@ -93,8 +93,8 @@ def empty_windows(qkv, heads, M):
 def empty_map(grad, H, W, M):
     fits = grad.ndim == 5 and grad.shape[0] == 3 and grad.shape[3] == M * M and min(H, W, M) > 0
     require(fits and max(H, W) < 2 ** 31 and grad.shape[1] % windows_in(H, W, M) == 0,
-            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 - 1 and "
-                    f"a window of at least 1, got {tuple(grad.shape)} with H={H}, W={W}, window={M}")
+            lambda: f"grad must have shape (3, B·windows, heads, M², d), with H and W in 1 .. 2^31 "
+                    f"- 1 and window at least 1, got {tuple(grad.shape)} with {H=}, {W=}, window={M}")
     _, n, heads, _, d = grad.shape
     shape = (n // windows_in(H, W, M), H, W, 3 * heads * d)
     check_qkv(torch.empty(shape, dtype=grad.dtype, device="meta"), heads, M)
@@ -116,7 +116,7 @@ define("window_partition_backward(Tensor grad, SymInt H, SymInt W, SymInt window
        empty_map)
 
 
-# ---------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V), (B, H, W, C)
+# ---------------------------------------------------------- iwsa, on a CPU: qkv -> Z + F(V)
 def empty_iwsa(qkv, weight, bias, heads, M):
     B, H, W, C = check_lim(qkv, heads, M, weight)
     check_tensor("bias", bias, (C,), [weight.dtype], qkv.device)
@@ -146,7 +146,8 @@ define("iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt 
 
 # ---------------------------------------------------------- window_merge_lim: z, qkv -> Z + F(V)
 def empty_merged(z, qkv, weight, bias, M):
-    require(z.ndim == 4, lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
+    require(z.ndim == 4,
+            lambda: f"z must have shape (B·windows, heads, M², d), got {tuple(z.shape)}")
     heads = z.shape[1]
     out = empty_iwsa(qkv, weight, bias, heads, M)
     B, H, W, C = out.shape
@@ -172,7 +173,7 @@ def merge_gradients(ctx, grad):
     return *backward(grad, *ctx.saved_tensors, *ctx.sizes), None
 
 
-define("window_merge_lim(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window) -> Tensor",
-       empty_merged, merge_gradients, save_for_merge)
+define("window_merge_lim(Tensor z, Tensor qkv, Tensor weight, Tensor bias, SymInt window)"
+       " -> Tensor", empty_merged, merge_gradients, save_for_merge)
 define("window_merge_lim_backward(Tensor grad, Tensor qkv, Tensor weight, int heads, SymInt window)"
        " -> (Tensor, Tensor, Tensor, Tensor)", empty_merge_gradients)

@@ -1,15 +1,13 @@
 // Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
 // with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
 // How work maps to threads:
-// - Adjacent threads access adjacent addresses, 16 bytes each: a pack of V channels.  A thread processes one pack for
-//   all tokens of a strip (windows.h), and locates the strip by 64-bit divisions once.  A block is x packs wide and
-//   y strips high, so all its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbors of its token directly from global memory.  Nearby threads load the same addresses
-//   at about the same time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at
-//   once and 9 weights stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
-// - The weight's gradient is a sum over all tokens.  A block sums one part of the strips; a thread keeps the sums of
-//   one pack, for 9 taps and the bias, in registers.  They are reduced in shared memory, always in the same order: no
-//   atomics, deterministic results.
+// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h), so adjacent threads access
+//   adjacent addresses.  A block is x packs wide and y strips high: its threads are busy whether C is 64 or 512.
+// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about the same
+//   time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at once and 9 weights
+//   stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
+// - The weight's gradient is a sum over all tokens.  A block sums one part of the strips: a thread in registers, then
+//   the block in shared memory, always in the same order.  No atomics: results are deterministic.
 // - No synchronization and no allocation: the kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

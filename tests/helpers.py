@@ -6,7 +6,7 @@ but none of its code: slices, sums, one softmax per head, in the dtype of the we
 import torch
 from hypothesis import strategies as st
 
-from scalablevit import ATTENTION, window_merge, window_partition
+from scalablevit import ATTENTION, merge_heads, split_heads, window_merge, window_partition
 
 
 # ------------------------------------------------------------------------------------------------ random architectures
@@ -44,12 +44,13 @@ def random_tokens(*shape, seed=1):
 # ------------------------------------------------------------------------------------------------ windows of the file
 def to_windows(qkv, heads, M):
     """(B, H, W, 3C) -> (3, B·windows, heads, M², d), as the operator window_partition."""
-    return window_partition(qkv, heads, M)
+    thirds = window_partition(qkv, M).unflatten(2, (3, -1)).movedim(2, 0)               # (3, B·windows, M², C)
+    return split_heads(thirds, heads)
 
 
 def from_windows(z, H, W, M):
     """(B·windows, heads, M², d) -> (B, H, W, C)"""
-    return window_merge(z, H, W, M)
+    return window_merge(merge_heads(z), H, W, M)
 
 
 # ------------------------------------------------------------------------------------------------ by hand
