@@ -10,12 +10,14 @@ All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per 
 turn, so that other load on the machine affects all alike.  Prints medians, and speeds relative to the last candidate.
 """
 import argparse
+import itertools
 import math
 import multiprocessing
 import pathlib
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def medians(functions, args):
 def print_sides(what, sides, args, memory=None):
     """Print one line: milliseconds, speed relative to the last side, and MB for each side {name: function}."""
     times = medians(sides.values(), args)
-    line = f"{what:34}"
+    line = f"{what:44}"
     for name, t in zip(sides, times):
         used = f", {memory[name]:.0f} MB" if memory else ""
         line += f"{name} {t:.1f} ({times[-1] / t:.2f}{used})".ljust(36 if memory else 26)
@@ -210,7 +212,7 @@ def limit(args):
         images = torch.randn(shape, device=args.device)
         layers = recorded(fused(), images, dtype)
         whole, own = print_sides(what, {"fused": make(fused(), images, dtype), "linear and conv": layers}, args)
-        print(f"{'':34}fused / linear and conv: {whole / own:.2f}")
+        print(f"{'':44}fused / linear and conv: {whole / own:.2f}")
 
 
 def recorded(model, images, dtype):
@@ -232,24 +234,22 @@ def recorded(model, images, dtype):
 
 def attention(args):
     """SSA's attention in S's stages 1 and 3, with C/heads = 32 and C'/heads = 40, for the limits in fuse.py."""
-    from scalablevit_kernels.fuse import padded
-    for heads in (2, 8):
-        for keys in (49, 64, 100, 128, 196, 256, 512, 1000):
-            for dtype in (torch.float32, torch.bfloat16):
-                queries = keys * (64 if heads == 2 else 4)          # N = N_rn / r_n
-                q, k, v = (torch.randn(1, n, heads * d, device=args.device).to(dtype).unflatten(2, (heads, -1))
-                           .transpose(1, 2).requires_grad_() for n, d in ((queries, 40), (keys, 40), (keys, 32)))
+    every = itertools.product((2, 8), (49, 64, 100, 128, 196, 256, 512, 1000), (torch.float32, torch.bfloat16))
+    for heads, keys, dtype in every:
+        queries = keys * (64 if heads == 2 else 4)                  # N = N_rn / r_n
+        q = torch.randn(1, heads, queries, 40, device=args.device, dtype=dtype, requires_grad=True)
+        k = torch.randn(1, heads, keys, 40, device=args.device, dtype=dtype, requires_grad=True)
+        v = torch.randn(1, heads, keys, 32, device=args.device, dtype=dtype, requires_grad=True)
+        both = {"PyTorch's": partial(pytorch_attention, q, k, v), "plain": partial(scalablevit.attention, q, k, v, 0.16)}
+        what = f"{heads} heads, {keys} keys, {str(dtype)[6:]}"
+        print_sides(f"{what}, inference", {name: forward(f) for name, f in both.items()}, args)
+        print_sides(f"{what}, step", {name: backward(f, (q, k, v)) for name, f in both.items()}, args)
 
-                def plain_form():
-                    return scalablevit.attention(q, k, v, 40 ** -0.5)
 
-                def pytorch():
-                    return F.scaled_dot_product_attention(q, k, padded(v, 40), scale=40 ** -0.5)[..., :32]
-
-                what = f"{heads} heads, {keys} keys, {str(dtype)[6:]}"
-                both = {"PyTorch's": pytorch, "plain": plain_form}
-                print_sides(f"{what}, inference", {name: forward(f) for name, f in both.items()}, args)
-                print_sides(f"{what}, step", {name: backward(f, (q, k, v)) for name, f in both.items()}, args)
+def pytorch_attention(q, k, v):
+    """With V padded to the width of Q and K, as in fuse.py."""
+    v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+    return F.scaled_dot_product_attention(q, k, v, scale=0.16)[..., :32]
 
 
 def forward(function):
