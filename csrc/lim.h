@@ -27,7 +27,7 @@ INLINED inline void for_neighbors(const Windows& g, const Strip& t, int64_t dy, 
 
 // Adds F(V) of equation (5) to a strip, for the d channels from `channel` on.  `row`: stride of `to`.
 template <class T>
-static VECTORIZED void add_lim(const Windows& g, const Strip& t, int64_t channel, const Lim<T>& lim, Sum<T>* to,
+static VECTORIZED void add_lim(const Windows& g, const Strip& t, int64_t channel, Lim<T> lim, Sum<T>* to,
                                int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j, k = lim.k;
@@ -45,7 +45,7 @@ static VECTORIZED void add_lim(const Windows& g, const Strip& t, int64_t channel
 // V at a token contributes to the outputs around it, so both gradients are sums over the same neighbors: Σ w dOut is
 // added to dv, and V dOut to sums (k² + 1, C), whose last row belongs to the bias.
 template <class T>
-static VECTORIZED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, const Lim<T>& lim,
+static VECTORIZED void add_lim_backward(const Windows& g, const Strip& t, int64_t channel, Lim<T> lim,
                                         const T* grad, Sum<T>* sums, Sum<T>* dv, int64_t row) {
   for_blocks(g.d, [&](auto L, int64_t j) INLINED {
     const int64_t C = g.channels(), c = channel + j, k = lim.k, first = g.token(t.b, t.y, t.x);

@@ -10,6 +10,7 @@ All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per 
 turn, so that other load on the machine affects all alike.  Prints medians, and speeds relative to the last candidate.
 """
 import argparse
+import ctypes
 import itertools
 import math
 import multiprocessing
@@ -75,6 +76,8 @@ def peak(builders, what, shape, args):
     if args.device == "cuda":
         call()
         return torch.cuda.max_memory_allocated() / 2 ** 20
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)      # M_MMAP_THRESHOLD: freed tensors go back to the system at once
+    call()                                      # libraries are loaded, and keep workspaces
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")           # resets VmHWM
     call()
