@@ -117,9 +117,9 @@ def has_hooks(module):
 # ---------------------------------------------------------------- which layers can be switched
 FUSED = {IWSA: FusedIWSA, SSA: FusedSSA}
 PARTS = {
-    IWSA: dict(qkv=nn.Linear, proj=nn.Linear, lim=nn.Conv2d),
-    SSA: dict(q=nn.Linear, k=nn.Linear, v=nn.Linear, proj=nn.Linear, norm=nn.LayerNorm,
-              reduce=nn.Sequential) | {"reduce.0": nn.Conv2d, "reduce.1": nn.Conv2d},
+    IWSA: {"qkv": nn.Linear, "proj": nn.Linear, "lim": nn.Conv2d},
+    SSA: {"q": nn.Linear, "k": nn.Linear, "v": nn.Linear, "proj": nn.Linear, "norm": nn.LayerNorm,
+          "reduce": nn.Sequential, "reduce.0": nn.Conv2d, "reduce.1": nn.Conv2d},
 }
 
 
@@ -137,8 +137,8 @@ def why_not(layer):
             return f"{name or 'it'} has a hook"
         if {"forward", "attend"} & set(vars(part)):
             return f"{name or 'it'} has a method of its own"
-    for name in [*layer._parameters, *layer._buffers]:
-        return f"it has a parameter or buffer of its own, {name}"
+    if layer._parameters or layer._buffers:
+        return "it has a parameter or buffer of its own"
     if any(p.is_meta for p in layer.parameters()):
         return "it is on the meta device: call fuse when it has weights"
     if cls is IWSA and not is_plain_lim(layer.lim):
@@ -161,7 +161,8 @@ def why_edited(cls):
                 if own is cls and not computes_the_same(cls(8, 2, **kwargs), sizes):
                     return "it does not compute what its fused form computes"
     except Exception as error:
-        return f"comparing it with its fused form raised {type(error).__name__}: {error}"
+        message = f"comparing it with its fused form raised {type(error).__name__}: {error}"
+        return message.splitlines()[0]
     return None
 
 
@@ -217,7 +218,7 @@ def fuse(model):
         if reason is not None:
             print(f"not fused: all layers of class {cls.__name__} ({reason})")
         elif cls is IWSA and not devices:
-            print(f"fused without the compiled kernels ({WHY_NO_KERNELS}); to build them: {BUILD}")
+            print(f"fused without the compiled kernels: {WHY_NO_KERNELS}; to build them: {BUILD}")
     return model
 
 
