@@ -1,5 +1,6 @@
-// Called by ops.py with checked arguments: each function allocates the outputs and starts a kernel (kernels.h).
+// Called by ops.py with checked inputs and empty, contiguous outputs: each function starts one kernel (kernels.h).
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/OpMathType.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -19,10 +20,11 @@
     const c10::cuda::CUDAGuard guard((t).device());                                         \
     C10_CUDA_CHECK(cuda::kernel(__VA_ARGS__, c10::cuda::getCurrentCUDAStream().stream()));  \
   } else                                                                                    \
-    cpu::kernel(__VA_ARGS__)
+    reference::kernel(__VA_ARGS__)
 #else
+#define ON_CUDA(t) false
 #define DEVICES "cpu"
-#define RUN(t, kernel, ...) cpu::kernel(__VA_ARGS__)
+#define RUN(t, kernel, ...) reference::kernel(__VA_ARGS__)
 #endif
 
 namespace {
@@ -41,68 +43,74 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window) {
   return {qkv.size(0), qkv.size(1), qkv.size(2), heads, qkv.size(3) / 3 / heads, window};
 }
 
+// An input.  Its storage may have been freed, as FSDP does, and reading it would crash.
+const Tensor& in_memory(const Tensor& t) {
+  const size_t bytes = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset());
+  TORCH_CHECK(t.storage().nbytes() >= bytes, "expected a tensor with memory, got one of shape ", t.sizes(),
+              " whose storage was freed");
+  return t;
+}
+
 // The weight (C, 1, k, k) or the bias (C) as the kernels take it: in the accumulation type, channels last.
 Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
-  const Tensor sum = t.to(at::toOpMathType(qkv.scalar_type()));
+  const Tensor sum = in_memory(t).to(at::toOpMathType(qkv.scalar_type()));
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();
 }
 
-Tensor parts_for(const Tensor& w) { return at::empty({sum_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options()); }
+// For the gradients of LIM's parameters: empty parts, w being the weight (k, k, C); and their sum.
+Tensor parts_for(const Tensor& w) {
+  return at::empty({ON_CUDA(w) ? cuda_parts : cpu_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options());
+}
+void add_parts(const Tensor& parts, const Tensor& dweight, const Tensor& dbias) {
+  const Tensor sum = parts.sum(0), taps = sum.slice(0, 0, -1);
+  dweight.copy_(taps.t().reshape(dweight.sizes())), dbias.copy_(sum[-1]);
+}
 
-Tensor window_partition(const Tensor& qkv, int64_t heads, int64_t window) {
-  const Windows g = windows_of(qkv, heads, window);
-  const Tensor map = qkv.contiguous(), windows = at::empty({3, g.count(), heads, window * window, g.d}, map.options());
+void window_partition(const Tensor& qkv, int64_t heads, int64_t window, const Tensor& windows) {
+  const Tensor map = in_memory(qkv).contiguous();
+  const Windows g = windows_of(map, heads, window);
   RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), false);
-  return windows;
 }
 
-Tensor window_partition_backward(const Tensor& grad, int64_t H, int64_t W, int64_t window) {
-  Windows g = {1, H, W, grad.size(2), grad.size(4), window};
-  g.B = grad.size(1) / g.count();
-  const Tensor windows = grad.contiguous(), map = at::empty({g.B, H, W, 3 * g.channels()}, windows.options());
-  RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), true);
-  return map;
+void window_partition_backward(const Tensor& grad, int64_t, int64_t, int64_t window, const Tensor& dqkv) {
+  const Tensor windows = in_memory(grad).contiguous();
+  const Windows g = windows_of(dqkv, grad.size(2), window);
+  RUN(dqkv, partition, g, dqkv.element_size(), dqkv.data_ptr(), windows.data_ptr(), true);
 }
 
-Tensor window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t window) {
-  const Windows g = windows_of(qkv, z.size(1), window);
-  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = qkv.contiguous();
-  const Tensor in = z.stride(3) == 1 ? z : z.contiguous();
-  const Strides strides = {in.stride(0), in.stride(1), in.stride(2)};
-  const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
-  RUN(map, merge_lim, g, type_of(map), w.size(0), in.data_ptr(), strides, map.data_ptr(), w.data_ptr(), b.data_ptr(),
-      out.data_ptr());
-  return out;
+void window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t window,
+                      const Tensor& out) {
+  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = in_memory(qkv).contiguous();
+  const Tensor own = in_memory(z).stride(3) == 1 ? z : z.contiguous();
+  const Windows g = windows_of(map, z.size(1), window);
+  RUN(map, merge_lim, g, type_of(map), w.size(0), own.data_ptr(), {own.stride(0), own.stride(1), own.stride(2)},
+      map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> window_merge_lim_backward(
-    const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads, int64_t window) {
-  const Windows g = windows_of(qkv, heads, window);
-  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous(), parts = parts_for(w);
-  const Tensor dz = at::empty({g.count(), heads, window * window, g.d}, map.options()), dqkv = at::empty_like(map);
-  const Tensor dweight = at::empty(weight.sizes(), w.options()), dbias = at::empty({g.channels()}, w.options());
-  RUN(map, merge_lim_backward, g, type_of(map), w.size(0), from.data_ptr(), map.data_ptr(), w.data_ptr(), dz.data_ptr(),
-      dqkv.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
-  return {dz, dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+void window_merge_lim_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads,
+                               int64_t window, const Tensor& dz, const Tensor& dqkv, const Tensor& dweight,
+                               const Tensor& dbias) {
+  const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
+  const Tensor parts = parts_for(w);
+  RUN(map, merge_lim_backward, windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
+      w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+  add_parts(parts, dweight, dbias);
 }
 
-Tensor iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window) {
-  const Windows g = windows_of(qkv, heads, window);
-  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = qkv.contiguous();
-  const Tensor out = at::empty({g.B, g.H, g.W, g.channels()}, map.options());
-  cpu::iwsa(g, type_of(map), w.size(0), map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
-  return out;
+void iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window,
+          const Tensor& out) {
+  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = in_memory(qkv).contiguous();
+  cpu::iwsa(windows_of(map, heads, window), type_of(map), w.size(0), map.data_ptr(), w.data_ptr(), b.data_ptr(),
+            out.data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor> iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight,
-                                                 int64_t heads, int64_t window) {
-  const Windows g = windows_of(qkv, heads, window);
-  const Tensor w = in_sum_type(weight, qkv), from = grad.contiguous(), map = qkv.contiguous(), parts = parts_for(w);
-  const Tensor dqkv = at::empty_like(map), dweight = at::empty(weight.sizes(), w.options());
-  const Tensor dbias = at::empty({g.channels()}, w.options());
-  cpu::iwsa_backward(g, type_of(map), w.size(0), from.data_ptr(), map.data_ptr(), w.data_ptr(), dqkv.data_ptr(),
-                     dweight.data_ptr(), dbias.data_ptr(), parts.data_ptr());
-  return {dqkv, dweight.to(weight.scalar_type()), dbias.to(weight.scalar_type())};
+void iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads, int64_t window,
+                   const Tensor& dqkv, const Tensor& dweight, const Tensor& dbias) {
+  const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
+  const Tensor parts = parts_for(w);
+  cpu::iwsa_backward(windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
+                     w.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+  add_parts(parts, dweight, dbias);
 }
 }  // namespace
 

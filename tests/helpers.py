@@ -6,7 +6,7 @@ but none of its code: slices, sums, one softmax per head, in the dtype of the we
 import torch
 from hypothesis import strategies as st
 
-from scalablevit import ATTENTION
+from scalablevit import ATTENTION, merge_heads, split_heads, window_merge, window_partition
 
 
 # ------------------------------------------------------------------------------------------------ random architectures
@@ -39,6 +39,18 @@ def randomised(module, seed=0):
 
 def random_tokens(*shape, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ windows of the file
+def to_windows(qkv, heads, M):
+    """(B, H, W, 3C) -> (3, B·windows, heads, M², d), as the operator window_partition."""
+    thirds = window_partition(qkv, M).unflatten(2, (3, -1)).movedim(2, 0)               # (3, B·windows, M², C)
+    return split_heads(thirds, heads)
+
+
+def from_windows(z, H, W, M):
+    """(B·windows, heads, M², d) -> (B, H, W, C)"""
+    return window_merge(merge_heads(z), H, W, M)
 
 
 # ------------------------------------------------------------------------------------------------ by hand

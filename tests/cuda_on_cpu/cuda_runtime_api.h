@@ -1,5 +1,5 @@
-// CUDA on a CPU: the parts of the CUDA runtime that csrc/cuda.cu uses, so that a C++ compiler builds the unmodified
-// kernels and every thread of every block runs on the CPU, under a debugger or a sanitizer.
+// CUDA on a CPU: the parts of the CUDA runtime that csrc/partition_merge_cuda.cu uses, so that a C++ compiler builds the
+// unmodified kernels and every thread of every block runs on the CPU, under a debugger or a sanitizer.
 //
 // Blocks run one after the other.  The threads of a block are fibers: each runs until __syncthreads() or its end, and
 // none continues before all have arrived.  The order is random each time, to expose code that depends on it.  With
@@ -50,7 +50,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_cpu {
 
-// Set by the tests: upper limits for csrc/cuda.cu's threads per block and blocks per grid, the index of the launch that
+// Set by the tests: upper limits for a kernel's threads per block and blocks per grid, the index of the launch that
 // fails, and the random generator of the order.
 inline int64_t max_threads = 256, max_blocks = INT32_MAX, failing_launch = -1;
 inline std::mt19937 random;

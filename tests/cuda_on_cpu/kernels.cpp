@@ -1,9 +1,9 @@
-// csrc/cuda.cu compiled for a CPU, and functions used only by the tests.
+// csrc/partition_merge_cuda.cu compiled for a CPU, and functions used only by the tests.
 #include "cuda_runtime_api.h"
 
 #define MAX_THREADS cuda_on_cpu::max_threads
 #define MAX_BLOCKS cuda_on_cpu::max_blocks
-#include "../../csrc/cuda.cu"
+#include "../../csrc/partition_merge_cuda.cu"
 
 extern "C" void launch_with(int64_t max_threads, int64_t max_blocks, int64_t failing_launch, int64_t seed) {
   cuda_on_cpu::max_threads = max_threads;

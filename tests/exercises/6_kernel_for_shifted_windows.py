@@ -4,7 +4,7 @@ Why     `SWSA` pads the whole qkv map at the top and left, and then `window_part
         computes the source of each token anyway; given the padding, it can do both in one pass.
 Where   csrc/windows.h has the main change: with `top` and `left` in `Windows`, a strip can begin before the map, so its
         first tokens may be padding, as its last ones can be now.
-        csrc/cpu.cpp and csrc/cuda.cu: write zeros for padding tokens, a line or two each.
+        csrc/partition_merge_cpu.cpp and ..._cuda.cu: write zeros for padding tokens, a line or two each.
         csrc/ops.cpp and csrc/ops.py: pass on the two numbers (schema, checks, output shape, gradient).
 """
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-import scalablevit
+from helpers import to_windows
 
 pytest.importorskip("scalablevit_kernels")
 
@@ -23,9 +23,7 @@ def test_output_and_gradient_equal_those_of_the_padded_map(H, W, M, data):
     top, left = data.draw(st.integers(0, M - 1)), data.draw(st.integers(0, M - 1))
     qkv = torch.randn(2, H, W, 24, dtype=torch.float64, requires_grad=True)
     got = torch.ops.scalablevit.window_partition(qkv, 2, M, top, left)
-    windows = scalablevit.window_partition(F.pad(qkv, (0, 0, left, 0, top, 0)), M)      # (2·windows, M², 24)
-    qkv_n = windows.unflatten(2, (3, -1)).movedim(2, 0)                                 # (3, 2·windows, M², 8)
-    expected = scalablevit.split_heads(qkv_n, 2)
+    expected = to_windows(F.pad(qkv, (0, 0, left, 0, top, 0)), 2, M)
     assert torch.equal(got, expected)
     weight = torch.randn_like(got)
     assert torch.equal(*(torch.autograd.grad(out, qkv, weight)[0] for out in (got, expected)))

@@ -4,7 +4,8 @@
 // a window's real tokens are gathered, so nothing is masked.  The backward pass recomputes attention.
 #include <cmath>
 
-#include "cpu.h"
+#include "kernels.h"
+#include "lim.h"
 
 namespace {
 constexpr int64_t LANES = 16, WIDTH = 2 * LANES;
@@ -218,6 +219,7 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
     using T = std::remove_pointer_t<decltype(null)>;
     const T* map = (const T*)qkv;
     const int64_t C = g.channels();
+    const Lim<T> lim(g, k, qkv, weight, bias);
     at::parallel_for(0, g.count() * g.heads, 1, [&](int64_t begin, int64_t end) {
       Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
       for (int64_t i = begin; i < end; ++i) {
@@ -225,8 +227,7 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
         gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
         h.attend(at.rows * at.columns);
         for (int64_t y = 0; y < at.rows; ++y)
-          add_lim(g, at.row(y), at.channel, k, map + 2 * C, (const Sum<T>*)weight, (const Sum<T>*)bias,
-                  h.z.row(y * at.columns), h.z.stride);
+          add_lim(g, at.row(y), at.channel, lim, h.z.row(y * at.columns), h.z.stride);
         scatter(at, h.z, Sum<T>(1), (T*)out, C);
       }
     });
@@ -234,11 +235,12 @@ void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const vo
 }
 
 void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                        void* dqkv, void* dweight, void* dbias, void* parts) {
+                        void* dqkv, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T *map = (const T*)qkv, *dout = (const T*)grad;
     const int64_t C = g.channels();
+    const Lim<T> lim(g, k, qkv, weight);
     T* to = (T*)dqkv;
     const auto work = [&](Sum<T>* sums, int64_t begin, int64_t end) {
       Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
@@ -248,12 +250,11 @@ void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad
         gather(at, dout, C, h.dz);
         h.attend_backward(at.rows * at.columns);
         for (int64_t y = 0; y < at.rows; ++y)
-          add_lim_backward(g, at.row(y), at.channel, k, dout, map + 2 * C, (const Sum<T>*)weight, sums,
-                           h.dv.row(y * at.columns), h.dv.stride);
+          add_lim_backward(g, at.row(y), at.channel, lim, dout, sums, h.dv.row(y * at.columns), h.dv.stride);
         scatter(at, h.dq, h.scale, to, 3 * C), scatter(at, h.dk, h.scale, to + C, 3 * C);
         scatter(at, h.dv, Sum<T>(1), to + 2 * C, 3 * C);
       }
     };
-    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
+    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, work);
   });
 }

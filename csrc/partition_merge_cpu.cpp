@@ -1,8 +1,10 @@
-// Partition and merge + LIM on the CPU, kept short: a reference for reading cuda.cu.  The fast CPU kernel is iwsa.cpp.
-#include "cpu.h"
+// The reference for partition_merge_cuda.cu: the same operators on a CPU, kept short, to be read first.  It is tested
+// against PyTorch, and `fuse` does not use it: the fast CPU kernel is iwsa_cpu.cpp.
+#include "kernels.h"
+#include "lim.h"
 
 // Only copies bytes, so one function serves all types.  A head's d channels take `size` bytes.
-void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
+void reference::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
   const int64_t size = g.d * itemsize;
   at::parallel_for(0, g.strips(), 64, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
@@ -18,11 +20,12 @@ void cpu::partition(const Windows& g, int64_t itemsize, void* map, void* windows
   });
 }
 
-void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
-                    const void* weight, const void* bias, void* out) {
+void reference::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
+                          const void* weight, const void* bias, void* out) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const int64_t C = g.channels(), d = g.d;
+    const Lim<T> lim(g, k, qkv, weight, bias);
     at::parallel_for(0, g.strips(), 8, [&](int64_t begin, int64_t end) {
       std::vector<Sum<T>> sum(g.M * d);
       for (int64_t s = begin; s < end; ++s) {
@@ -30,7 +33,7 @@ void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strid
         T* to = (T*)out + g.token(t.b, t.y, t.x) * C;
         for (int64_t c = 0; c < C; c += d) {  // head by head
           copy_tokens(t.tokens, d, (const T*)z + z_strides.at(t, c / d, 0), z_strides.position, sum.data(), d);
-          add_lim(g, t, c, k, (const T*)qkv + 2 * C, (const Sum<T>*)weight, (const Sum<T>*)bias, sum.data(), d);
+          add_lim(g, t, c, lim, sum.data(), d);
           copy_tokens(t.tokens, d, sum.data(), d, to + c, C);
         }
       }
@@ -38,12 +41,13 @@ void cpu::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strid
   });
 }
 
-void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
-                             const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts) {
+void reference::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
+                                   const void* weight, void* dz, void* dqkv, void* parts) {
   with_type(type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const int64_t C = g.channels(), d = g.d;
-    const T *dout = (const T*)grad, *v = (const T*)qkv + 2 * C;
+    const Lim<T> lim(g, k, qkv, weight);
+    const T* dout = (const T*)grad;
     const auto work = [&](Sum<T>* sums, int64_t begin, int64_t end) {
       std::vector<Sum<T>> dv(g.M * d);
       for (int64_t s = begin; s < end; ++s) {
@@ -56,11 +60,11 @@ void cpu::merge_lim_backward(const Windows& g, Type type, int64_t k, const void*
           copy_tokens(t.tokens, d, dout + token * C + c, C, own, d);
           std::fill_n(own + t.tokens * d, (g.M - t.tokens) * d, T(0));
           std::fill(dv.begin(), dv.end(), Sum<T>(0));
-          add_lim_backward(g, t, c, k, dout, v, (const Sum<T>*)weight, sums, dv.data(), d);
+          add_lim_backward(g, t, c, lim, dout, sums, dv.data(), d);
           copy_tokens(t.tokens, d, dv.data(), d, to + 2 * C + c, 3 * C);
         }
       }
     };
-    sum_in_parts(g.strips(), C, k, (Sum<T>*)parts, (Sum<T>*)dweight, (Sum<T>*)dbias, work);
+    sum_in_parts(g.strips(), C, k, (Sum<T>*)parts, work);
   });
 }

@@ -1,15 +1,13 @@
-// The GPU kernels, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own; with the stub
-// headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
+// Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
+// with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
 // How work maps to threads:
-// - Adjacent threads access adjacent addresses, 16 bytes each: a pack of V channels.  A thread processes one pack for
-//   all tokens of a strip (windows.h), and locates the strip by 64-bit divisions once.  A block is x packs wide and
-//   y strips high, so all its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbors of its token directly from global memory.  Nearby threads load the same addresses
-//   at about the same time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at
-//   once and 9 weights stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
-// - The weight's gradient is a sum over all tokens.  A block sums one part of the strips; a thread keeps the sums of
-//   one pack, for 9 taps and the bias, in registers.  They are reduced in shared memory, and a second kernel adds the
-//   parts, always in the same order: no atomics, deterministic results.
+// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h), so adjacent threads access
+//   adjacent addresses.  A block is x packs wide and y strips high: its threads are busy whether C is 64 or 512.
+// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about the same
+//   time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at once and 9 weights
+//   stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
+// - The weight's gradient is a sum over all tokens.  A block sums one part of the strips: a thread in registers, then
+//   the block in shared memory, always in the same order.  No atomics: results are deterministic.
 // - No synchronization and no allocation: the kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -162,23 +160,23 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   }
 }
 
-// Sums `held` over the columns of a block's threads, in order, and calls put(n, sum) for n in 0 .. blockDim.x · V.
-template <class A, int V, class Put>
-__device__ void sum_columns(const Pack<A, V>& held, Put put) {
+// Sums `held` over the columns of a block's threads, in order, into the first n of out's blockDim.x · V numbers.
+template <class A, int V>
+__device__ void sum_columns(const Pack<A, V>& held, int64_t n, A* out) {
   __shared__ Pack<A, V> shared[block_threads];
   const unsigned me = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * V;
   const A* numbers = shared[0].x;
   shared[me] = held;
   __syncthreads();
-  for (unsigned n = me; n < width; n += blockDim.x * blockDim.y) {
+  for (unsigned i = me; i < width && i < n; i += blockDim.x * blockDim.y) {
     A sum = 0;
-    for (unsigned y = 0; y < blockDim.y; ++y) sum += numbers[y * width + n];
-    put(n, sum);
+    for (unsigned y = 0; y < blockDim.y; ++y) sum += numbers[y * width + i];
+    out[i] = sum;
   }
   __syncthreads();
 }
 
-// Computes parts (sum_parts, k² + 1, C), with one block per part of the strips and per blockDim.x packs of channels.
+// Computes parts (cuda_parts, k² + 1, C), with one block per part of the strips and per blockDim.x packs of channels.
 // The bias is the last "tap", with input 1.  Taps are summed ten at a time, which is all of them for k = 3.
 template <class T, int V, int K>
 __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
@@ -187,7 +185,7 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
   constexpr int batch = 10;
   const int64_t k = K ? K : any_k, r = k / 2, taps = k * k, C = g.channels(), part = blockIdx.y;
   const int64_t c0 = int64_t(blockIdx.x) * blockDim.x * V, c = c0 + threadIdx.x * V;
-  const int64_t begin = g.strips() * part / sum_parts, end = g.strips() * (part + 1) / sum_parts;
+  const int64_t begin = g.strips() * part / cuda_parts, end = g.strips() * (part + 1) / cuda_parts;
   for (int64_t first = 0; first <= taps; first += batch) {
     int64_t dy[batch], dx[batch];  // offsets from a token to the outputs that its V contributes to
 #pragma unroll
@@ -215,26 +213,8 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
     }
 #pragma unroll
     for (int u = 0; u < batch; ++u)
-      sum_columns(sum[u], [&](unsigned n, Sum<T> total) {
-        if (first + u <= taps && c0 + n < C) parts[(part * (taps + 1) + first + u) * C + c0 + n] = total;
-      });
+      sum_columns(sum[u], first + u <= taps ? C - c0 : 0, parts + (part * (taps + 1) + first + u) * C + c0);
   }
-}
-
-// Sums the parts: one column of a block's threads per tap and channel.
-template <class A>
-__global__ void total_kernel(int64_t taps, int64_t C, const A* __restrict__ parts, A* __restrict__ dweight,
-                             A* __restrict__ dbias) {
-  const int64_t size = (taps + 1) * C, first = int64_t(blockIdx.x) * blockDim.x;
-  Pack<A, 1> sum = {};
-  if (first + threadIdx.x < size)
-    for (int64_t part = threadIdx.y; part < sum_parts; part += blockDim.y)
-      sum.x[0] += parts[part * size + first + threadIdx.x];
-  sum_columns(sum, [&](unsigned column, A total) {
-    const int64_t tap = (first + column) / C, c = (first + column) % C;
-    if (tap < taps) dweight[c * taps + tap] = total;
-    else if (tap == taps) dbias[c] = total;
-  });
 }
 
 // ---------------------------------------------------------------- launches, and dispatch on type, width and k
@@ -301,19 +281,14 @@ cudaError_t cuda::merge_lim(const Windows& g, Type type, int64_t k, const void* 
 }
 
 cudaError_t cuda::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
-                                     const void* weight, void* dz, void* dqkv, void* dweight, void* dbias, void* parts,
-                                     cudaStream_t stream) {
+                                     const void* weight, void* dz, void* dqkv, void* parts, cudaStream_t stream) {
   const auto wide = [&](int64_t V) { return g.d % V == 0 && aligned(grad, qkv, weight, dz, dqkv); };
   return with_type(type, k, wide, [&](auto zero, auto V, auto K) {
     using T = decltype(zero);
-    const int64_t C = g.channels(), taps = k * k;
-    const dim3 block = block_for(C / V), parts_grid(divide_up(C / V, block.x), sum_parts);
-    cudaError_t error = launch(merge_lim_backward_kernel<T, V, K>, grid_for(g, block), block, stream, g, k, grad,
-                               weight, dz, dqkv);
-    if (!error) error = launch(parts_kernel<T, V, K>, parts_grid, block, stream, g, k, grad, qkv, parts);
-    if (!error)
-      error = launch(total_kernel<Sum<T>>, divide_up((taps + 1) * C, 32), dim3(32, MAX_THREADS / 32), stream, taps, C,
-                     parts, dweight, dbias);
-    return error;
+    const int64_t packs = g.channels() / V;
+    const dim3 block = block_for(packs), parts_grid(divide_up(packs, block.x), cuda_parts);
+    const cudaError_t error = launch(merge_lim_backward_kernel<T, V, K>, grid_for(g, block), block, stream, g, k, grad,
+                                     weight, dz, dqkv);
+    return error ? error : launch(parts_kernel<T, V, K>, parts_grid, block, stream, g, k, grad, qkv, parts);
   });
 }
