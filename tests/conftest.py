@@ -16,3 +16,19 @@ torch.set_num_threads(1)                     # tensors are small: more threads o
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, as CI does")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
