@@ -123,14 +123,15 @@ def window_partition(x, M):
     """Cut a map (B, H, W, C) into windows of M x M tokens, the last ones padded: (B·windows, M², C)."""
     x = pad_to_multiple(x, M)                                       # (B, h·M, w·M, C)
     x = x.unflatten(2, (-1, M)).unflatten(1, (-1, M))               # (B, h, M, w, M, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    x = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # (B, h, w, M, M, C)
+    return x.flatten(3, 4).flatten(0, 2)
 
 
 def window_merge(windows, H, W, M):
     """Undo the partition: (B·windows, M², C) -> (B, H, W, C), with the padding cropped."""
-    h, w = -(-H // M), -(-W // M)                                   # ⌈H/M⌉ x ⌈W/M⌉ windows
-    x = windows.unflatten(1, (M, M)).unflatten(0, (-1, h, w))       # (B, h, w, M, M, C)
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
+    x = windows.unflatten(1, (M, M)).unflatten(0, (-1, -(-H // M), -(-W // M)))     # h = ⌈H/M⌉, w = ⌈W/M⌉
+    x = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # (B, h, M, w, M, C)
+    return x.flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
 class WSA(nn.Module):
@@ -292,8 +293,7 @@ class ScalableViT(nn.Module):
             for j in range(depths[i]):
                 kind = pattern[j % 2]
                 attn = SSA(C, heads[i], rc[i], rn[i]) if kind == "ssa" else ATTENTION[kind](C, heads[i], window)
-                before = sum(depths[:i]) + j                        # blocks before this one
-                rate = drop_path_rate * before / max(sum(depths) - 1, 1)
+                rate = drop_path_rate * (sum(depths[:i]) + j) / max(sum(depths) - 1, 1)
                 blocks.append(Block(attn, C, mlp_ratio, rate))
             self.stages.append(Stage(embed, blocks, PEG(C) if peg else None))
         self.norm = layer_norm(C)
@@ -490,9 +490,9 @@ def main():
                            (scalablevit_b, "81M, 8.6G"), (scalablevit_l, "104M, 14.7G")):
         with torch.device("meta"):                                  # shapes without memory
             model = build()
-        parameters = sum(p.numel() for p in model.parameters())
         cost = count_macs(model, size)
-        print(f"{build.__name__:16} {parameters:12,} {cost['modules'] / 1e9:10.3f}G "
+        print(f"{build.__name__:16} {sum(p.numel() for p in model.parameters()):12,} "
+              f"{cost['modules'] / 1e9:10.3f}G "
               f"{sum(cost.values()) / 1e9:14.3f}G {table_2:>19}")
 
 

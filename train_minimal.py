@@ -105,13 +105,15 @@ def parse_args(argv=None):
     output = pathlib.Path(given.get("output", f"runs/{given.get('model', 'tiny')}"))
     use = given.get("eval") or "predict" in given                   # rather than train
     weights = given.get("init", output / "best.pt") if use else output / "last.pt"
+    if not use and not weights.exists():                            # stopped in the first save
+        weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
     known = {**GENERAL, "model": "tiny", "predict": None, **saved, **given}
     recipe = RECIPES[known["model"]] if known["data"] or known["model"] != "tiny" else DIGITS
     args = argparse.Namespace(**{**recipe, **known})
     args.output = output
-    if run:
+    if run or use:
         args.init = weights
     args.step_size = WORLD_SIZE * args.accum * args.batch_size      # images in a step
     args.settings = {name: getattr(args, name) for name in SAVED}
@@ -353,8 +355,6 @@ def check_run(run, steps, classes, args):
         raise UserError("a step takes more images than there are: lower --batch-size or --accum")
     if run.get("steps", steps) != steps:
         raise UserError(f"{str(args.output)!a} has {run['steps']} steps per epoch, not {steps}")
-    if not run and (args.output / "best.pt").exists():
-        raise UserError(f"a new run would replace {str(args.output)!a}/best.pt")
 
 
 def train(model, optimizer, train_set, val_set, steps, run, args):
@@ -388,10 +388,11 @@ def train(model, optimizer, train_set, val_set, steps, run, args):
                 model=model.state_dict(), optimizer=optimizer.state_dict(), config=model.config,
                 settings=args.settings, classes=train_set.classes, steps=steps, step=done,
                 loss_sum=loss_sum, log=log)
-            if ended and top1 == max(entry["top1"] for entry in log):
-                save(state, args.output / "best.pt")
+            if ended:
+                if top1 == max(entry["top1"] for entry in log):
+                    save(state, args.output / "best.pt")
+                (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
             save(state, args.output / "last.pt")
-            (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
 
 
 def main(argv=None):
@@ -431,5 +432,6 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, ImportError) as error:  # the last line: workers add more
-        print(f"train_minimal.py: {str(error).splitlines()[-1]!a}", file=sys.stderr)
+        line = str(error).splitlines()[-1].encode("unicode_escape").decode()
+        print("train_minimal.py:", line, file=sys.stderr)
         sys.exit(2)
