@@ -4,7 +4,6 @@
 // a window's real tokens are gathered, so nothing is masked.  The backward pass recomputes attention.
 #include <cmath>
 
-#include "kernels.h"
 #include "lim.h"
 
 namespace {
@@ -150,16 +149,12 @@ template <class A> struct Head {
   Matrix<A> q{n, d}, key{n, d}, v{n, d}, key_t{d, n}, p{std::min(QUERIES, n), n}, z{n, d};
   Matrix<A> v_t{d, n}, ds{std::min(QUERIES, n), n}, dz{n, d}, dq{n, d}, dk{n, d}, dv{n, d};
 
-  void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, d, n, q.from(i), key_t, 0, p, 0);
-    softmax(m, n, scale, p);
-  }
-
   void attend(int64_t n) {
     transpose(n, d, key, key_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      scores(i, m, n);
+      product(m, d, n, q.from(i), key_t, 0, p, 0);
+      softmax(m, n, scale, p);
       product(m, n, d, p.from(0), v, 0, z, i);
     }
   }
@@ -170,7 +165,8 @@ template <class A> struct Head {
     transpose(n, d, v, v_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      scores(i, m, n);                                        // P
+      product(m, d, n, q.from(i), key_t, 0, p, 0);
+      softmax(m, n, scale, p);                                // P
       product(m, d, n, dz.from(i), v_t, 0, ds, 0);            // dP = dZ Vᵀ
       softmax_backward(m, n, p, ds);                          // dS, over dP
       product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);  // dV += Pᵀ dZ

@@ -1,23 +1,20 @@
 // The reference for partition_merge_cuda.cu: the same operators on a CPU, kept short, to be read first.  It is tested
 // against PyTorch, and `fuse` does not use it: the fast CPU kernel is iwsa_cpu.cpp.
-#include "kernels.h"
 #include "lim.h"
 
 // Only copies bytes, so one function serves all types.  A head's d channels take `size` bytes.
 void reference::partition(const Windows& g, int64_t itemsize, void* map, void* windows, bool backward) {
   const int64_t size = g.d * itemsize;
-  at::parallel_for(0, g.strips(), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const Strip t = g.strip(s);
-      for (int64_t i = 0; i < g.M; ++i)
-        for (int64_t group = 0; group < 3 * g.heads; ++group) {  // Q's heads, K's, V's
-          char* outside = (char*)map + (g.token(t.b, t.y, t.x + i) * 3 * g.heads + group) * size;
-          char* inside = (char*)windows + g.group(group / g.heads, t.window, group % g.heads, t.position + i) * size;
-          if (i < t.tokens) std::memcpy(backward ? outside : inside, backward ? inside : outside, size);
-          else if (!backward) std::memset(inside, 0, size);
-        }
-    }
-  });
+  for (int64_t s = 0; s < g.strips(); ++s) {
+    const Strip t = g.strip(s);
+    for (int64_t i = 0; i < g.M; ++i)
+      for (int64_t group = 0; group < 3 * g.heads; ++group) {  // Q's heads, K's, V's
+        char* outside = (char*)map + (g.token(t.b, t.y, t.x + i) * 3 * g.heads + group) * size;
+        char* inside = (char*)windows + g.group(group / g.heads, t.window, group % g.heads, t.position + i) * size;
+        if (i < t.tokens) std::memcpy(backward ? outside : inside, backward ? inside : outside, size);
+        else if (!backward) std::memset(inside, 0, size);
+      }
+  }
 }
 
 void reference::merge_lim(const Inputs& in, const void* bias, const void* z, Strides z_strides, void* out) {
@@ -25,18 +22,16 @@ void reference::merge_lim(const Inputs& in, const void* bias, const void* z, Str
     using T = decltype(zero);
     const Windows& g = in.g;
     const int64_t C = g.channels(), d = g.d;
-    at::parallel_for(0, g.strips(), 8, [&](int64_t begin, int64_t end) {
-      std::vector<Sum<T>> sum(g.M * d);
-      for (int64_t s = begin; s < end; ++s) {
-        const Strip t = g.strip(s);
-        T* to = (T*)out + g.token(t.b, t.y, t.x) * C;
-        for (int64_t c = 0; c < C; c += d) {  // head by head
-          copy_tokens(t.tokens, d, (const T*)z + z_strides.at(t, c / d, 0), z_strides.position, sum.data(), d);
-          add_lim<T>(in, bias, t, c, sum.data(), d);
-          copy_tokens(t.tokens, d, sum.data(), d, to + c, C);
-        }
+    std::vector<Sum<T>> sum(g.M * d);
+    for (int64_t s = 0; s < g.strips(); ++s) {
+      const Strip t = g.strip(s);
+      T* to = (T*)out + g.token(t.b, t.y, t.x) * C;
+      for (int64_t c = 0; c < C; c += d) {  // head by head
+        copy_tokens(t.tokens, d, (const T*)z + z_strides.at(t, c / d, 0), z_strides.position, sum.data(), d);
+        add_lim<T>(in, bias, t, c, sum.data(), d);
+        copy_tokens(t.tokens, d, sum.data(), d, to + c, C);
       }
-    });
+    }
   });
 }
 
