@@ -39,17 +39,16 @@ STEPS_UP_TO = 800 * 1280                                            # larger ima
 def medians(functions, args):
     """Median time of each function in milliseconds; the functions run in turn, at least three times."""
     times = [[] for _ in functions]
-    end = None
-    while end is None or time.perf_counter() < end or len(times[0]) < 3:
+    end = time.perf_counter() + args.seconds
+    while time.perf_counter() < end or len(times[0]) < 3:
         for function, own in zip(functions, times):
             start = time.perf_counter()
             function()
             if args.device == "cuda":
                 torch.cuda.synchronize()
             own.append((time.perf_counter() - start) * 1e3)
-        if end is None:                                             # the first round warms up
-            times = [[] for _ in functions]
-            end = time.perf_counter() + args.seconds
+    if len(times[0]) > 3:                                           # the first round warms up
+        times = [own[1:] for own in times]
     return [statistics.median(own) for own in times]
 
 
