@@ -6,7 +6,7 @@
     python tests/bench.py attention               SSA's attention, plain and PyTorch's, from 49 to 1000 keys
     python tests/bench.py kernels                 each operator against plain PyTorch, at the shapes of S's four stages
 
-All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per line).  The candidates of a line run in
+All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per line); --only step leaves lines out.  The candidates of a line run in
 turn, so that other load on the machine affects all alike.  Prints medians, and speeds relative to the last candidate.
 """
 import argparse
@@ -179,9 +179,13 @@ def calls(builders, what, shape, args):
     return {name: make(build(shape[2:]), images, dtype) for name, build in builders.items()}
 
 
+def chosen(args):
+    return [what for what in KINDS if args.only in what]
+
+
 def models(args):
     shape = (args.batch or 8, 3, *(args.size or (224, 224)))
-    for what in KINDS:
+    for what in chosen(args):
         print_sides(what, calls(SIDES, what, shape, args), args)
     for dtype in (torch.float32, torch.bfloat16) if args.compile else ():
         images = torch.randn(shape, device=args.device)
@@ -193,7 +197,7 @@ def models(args):
 
 def large(args):
     sizes = [args.size] if args.size else LARGE
-    rows = [(size, what) for size in sizes for what in KINDS
+    rows = [(size, what) for size in sizes for what in chosen(args)
             if KINDS[what][0] is inference or math.prod(size) <= STEPS_UP_TO]
     memory = {}
     for size, what in rows:                                         # before this process has threads: they do not
@@ -311,9 +315,10 @@ def main():
     parser.add_argument("what", choices=commands)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="images (8; large: 1)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (Twins: multiples of 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=5, help="per line")
+    parser.add_argument("--only", default="", help="models, large: such as step, or inference, float32")
     parser.add_argument("--compile", action="store_true", help="models: also with torch.compile, without kernels")
     args = parser.parse_args()
     args.size = tuple(args.size) if args.size else None
