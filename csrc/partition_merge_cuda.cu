@@ -1,9 +1,9 @@
 // Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
 // with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
 // How work maps to threads:
-// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h), so adjacent threads access
+// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h): adjacent threads access
 //   adjacent addresses.  A block is x packs wide and y strips high: its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about the same
+// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about that
 //   time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at once and 9 weights
 //   stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
 // - The weight's gradient is a sum over all tokens.  A block sums one part of the strips: a thread in registers, then

@@ -2,11 +2,12 @@
 
     python tests/bench.py models [--compile]      images of 224 x 224, with both, one or none of the two layers fused
     python tests/bench.py large [--size H W]      backbones with four maps, 224 x 224 to 1344 x 1344, and peak memory
+                                                  (both take --only step, --only float32 and so on)
     python tests/bench.py limit [--size H W]      S's time over that of its own linear layers and convolutions
     python tests/bench.py attention               SSA's attention, plain and PyTorch's, from 49 to 1000 keys
     python tests/bench.py kernels                 each operator against plain PyTorch, at the shapes of S's four stages
 
-All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per line); --only step leaves lines out.  The candidates of a line run in
+All take --device cuda, --batch (8; large: 1), --threads 2 and --seconds 5 (per line).  The candidates of a line run in
 turn, so that other load on the machine affects all alike.  Prints medians, and speeds relative to the last candidate.
 """
 import argparse

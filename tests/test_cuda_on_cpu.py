@@ -253,7 +253,7 @@ def test_merge_lim_against_its_definition_in_float64(cuda, case, launch):
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_every_stride_of_z_is_checked_before_wide_loads(cuda, broken):
-    """Strides between windows, heads and tokens, one of which is odd: the sanitizer would stop at a load of 16 bytes."""
+    """Strides between windows, heads and tokens, one of them odd: the sanitizer would stop at a load of 16 bytes."""
     strides = [1024, 256, 16, 1]
     strides[broken] += 1
     z = torch.randn(2048 + 8).as_strided((2, 4, 16, 8), strides)
