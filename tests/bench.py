@@ -247,7 +247,8 @@ def attention(args):
         q = torch.randn(1, heads, queries, 40, device=args.device, dtype=dtype, requires_grad=True)
         k = torch.randn(1, heads, keys, 40, device=args.device, dtype=dtype, requires_grad=True)
         v = torch.randn(1, heads, keys, 32, device=args.device, dtype=dtype, requires_grad=True)
-        both = {"PyTorch's": partial(pytorch_attention, q, k, v), "plain": partial(scalablevit.attention, q, k, v, 0.16)}
+        both = {"PyTorch's": partial(pytorch_attention, q, k, v),
+                "plain": partial(scalablevit.attention, q, k, v, 0.16)}
         what = f"{heads} heads, {keys} keys, {str(dtype)[6:]}"
         print_sides(f"{what}, inference", {name: forward(f) for name, f in both.items()}, args)
         print_sides(f"{what}, step", {name: backward(f, (q, k, v)) for name, f in both.items()}, args)
