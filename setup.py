@@ -74,10 +74,11 @@ def extension():
         print("scalablevit: building CPU kernels only: FORCE_CUDA=1 needs a CUDA build of PyTorch and a CUDA toolkit",
               file=sys.stderr)
     openmp = ["-fopenmp"] if sys.platform == "linux" else []            # for at::parallel_for
+    nvcc = ["-O3", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]     # PyTorch sets them
     kind = CUDAExtension if cuda else CppExtension
     return kind("scalablevit_kernels._C", sources + ["csrc/partition_merge_cuda.cu"] * bool(cuda),
                 depends=glob.glob("csrc/*.h"), define_macros=[("WITH_CUDA", None)] * bool(cuda),
-                extra_compile_args={"cxx": ["-O3", "-Wno-psabi", *openmp], "nvcc": ["-O3"]}, extra_link_args=openmp)
+                extra_compile_args={"cxx": ["-O3", "-Wno-psabi", *openmp], "nvcc": nvcc}, extra_link_args=openmp)
 
 
 setup(
@@ -86,7 +87,7 @@ setup(
     description="ScalableViT in one file, with C++/CUDA kernels",
     long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    url="https://arxiv.org/abs/2203.10790",
+    project_urls={"Paper": "https://arxiv.org/abs/2203.10790"},
     license="MIT",
     py_modules=["scalablevit"],
     packages=["scalablevit_kernels"],

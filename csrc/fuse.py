@@ -6,6 +6,7 @@
 
 Without the compiled kernels FusedIWSA is PyTorch's attention, too.
 """
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -30,23 +31,17 @@ BUILD = "pip install setuptools wheel ninja && pip install --no-build-isolation 
 
 
 # ---------------------------------------------------------------- the two layers
-def pays(k):
-    """Whether PyTorch's attention pays for keys (…, m, d): always on a GPU, if many on a CPU.
-
-    Measured in inference and training (docs/kernels.md).  The scores of few keys fit in cache, and
-    plain matrix products of 16-bit numbers are faster.
-    """
-    if k.device.type == "cpu":
-        return k.shape[-2] >= (512 if k.element_size() == 2 else 128)
-    return k.device.type == "cuda"
-
-
 def attention(q, k, v, scale, mask=None):
-    """scalablevit.attention by PyTorch's where it pays; q (…, n, d), k (…, m, d), v (…, m, d_v)."""
-    if not pays(k):
+    """scalablevit.attention by PyTorch's where it pays: on a GPU, and with many keys on a CPU.
+
+    q (…, n, d), k (…, m, d), v (…, m, d_v).  The limits are measured (docs/kernels.md): the scores
+    of few keys fit in cache, and plain matrix products of 16-bit numbers are faster.
+    """
+    device, d, d_v = q.device.type, q.shape[-1], v.shape[-1]
+    many = 512 if q.element_size() == 2 else 128
+    if device == "cpu" and k.shape[-2] < many or device not in ("cpu", "cuda"):
         return scalablevit.attention(q, k, v, scale, mask)
-    d, d_v = q.shape[-1], v.shape[-1]
-    if q.device.type == "cpu" and d != d_v:             # the fast kernel needs d = d_v: add zeros
+    if device == "cpu" and d != d_v:                    # the fast kernel needs d = d_v: add zeros
         q = F.pad(q, (0, max(d_v - d, 0)))
         k = F.pad(k, (0, max(d_v - d, 0)))
         v = F.pad(v, (0, max(d - d_v, 0)))
@@ -147,9 +142,8 @@ def why_not(layer):
 
 
 # Small layers and maps to compare: few and many keys, windows cut or not, maps smaller than one.
-CASES = [(IWSA, dict(window=12), [(12, 24), (13, 20), (5, 17), (5, 4)]),
-         (SSA, dict(rc=1.25, rn=1 / 4), [(24, 23), (3, 5)]),
-         (SSA, dict(rc=1.25), [(12, 11), (3, 5)])]
+CASES = {IWSA: [(dict(window=12), [(12, 24), (13, 20), (5, 17), (5, 4)])],
+         SSA: [(dict(rc=1.25, rn=1 / 4), [(24, 23), (3, 5)]), (dict(rc=1.25), [(12, 11), (3, 5)])]}
 
 
 def why_edited(cls):
@@ -157,8 +151,8 @@ def why_edited(cls):
     try:                                # on a CPU with gradients, whatever the caller's modes
         with (torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(),
               torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):
-            for own, kwargs, sizes in CASES:
-                if own is cls and not computes_the_same(cls(8, 2, **kwargs), sizes):
+            for kwargs, sizes in CASES[cls]:
+                if not computes_the_same(cls(8, 2, **kwargs).double(), sizes):
                     return "it does not compute what its fused form computes"
     except Exception as error:
         message = f"comparing it with its fused form raised {type(error).__name__}: {error}"
@@ -167,21 +161,16 @@ def why_edited(cls):
 
 
 def computes_the_same(layer, sizes):
-    """Compare a layer with its fused form: outputs and gradients, float64, train and eval mode."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    plain, fused = type(layer), FUSED[type(layer)]
-    layer.double()
-    for p in layer.parameters():
-        nn.init.normal_(p, std=p[0].numel() ** -0.5, generator=generator)
-
+    """Compare a layer with its fused form: outputs and gradients, train and eval mode."""
     def results(cls):
         layer.__class__ = cls
         out = layer(x)
         inputs = [x, *layer.parameters()]
         return [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
 
+    plain, fused = type(layer), FUSED[type(layer)]
     for H, W in sizes:
-        x = torch.randn(2, H, W, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+        x = torch.randn(2, H, W, 8, dtype=torch.float64, requires_grad=True)
         for training in (True, False):
             layer.train(training)
             for a, b in zip(results(plain), results(fused)):
@@ -198,20 +187,20 @@ def fuse(model):
     as they are, and why.  Call it last, as torch.compile: later changes may go unnoticed.
     """
     edited = {}                         # class: why none of its layers can be switched, or None
-    left = {}                           # reason: names of layers left alone
+    left = defaultdict(list)            # reason: names of layers left alone
     for name, layer in model.named_modules():
         cls = type(layer)
         bases = {base.__name__ for base in cls.__mro__}     # also those of a copy of the file
         if not bases & {"IWSA", "SSA"} or cls in FUSED.values():
             continue
         reason = why_not(layer)
-        if reason is None:
-            if cls not in edited:
-                edited[cls] = why_edited(cls)
-            if edited[cls] is None:
-                layer.__class__ = FUSED[cls]
-        else:
-            left.setdefault(reason, []).append(name or "the model")
+        if reason is not None:
+            left[reason].append(name or "the model")
+            continue
+        if cls not in edited:
+            edited[cls] = why_edited(cls)
+        if edited[cls] is None:
+            layer.__class__ = FUSED[cls]
     for reason, names in left.items():
         print(f"not fused: {', '.join(names)} ({reason})")
     for cls, reason in edited.items():

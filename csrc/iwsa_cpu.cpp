@@ -4,7 +4,6 @@
 // a window's real tokens are gathered, so nothing is masked.  The backward pass recomputes attention.
 #include <cmath>
 
-#include "kernels.h"
 #include "lim.h"
 
 namespace {
@@ -80,11 +79,8 @@ INLINED inline Vec<float, L> exp(Vec<float, L> x) {
   const Vec<float, L> n = (x + round) - round, f = x - n;
   Vec<float, L> power = f * 0x1.430912p-13f + 0x1.5d87fep-10f;  // (ln 2)^i / i!
   for (float next : {0x1.3b2ab6p-7f, 0x1.c6b08ep-5f, 0x1.ebfbep-3f, 0x1.62e43p-1f, 1.0f}) power = power * f + next;
-  Vec<uint32_t, L> bits;
-  std::memcpy(&bits, &power, sizeof(bits));
-  bits += (Vec<uint32_t, L>)__builtin_convertvector(n, Vec<int32_t, L>) << 23;
-  std::memcpy(&power, &bits, sizeof(bits));
-  return tiny ? Vec<float, L>{} : power;
+  const auto exponent = (Vec<uint32_t, L>)__builtin_convertvector(n, Vec<int32_t, L>) << 23;
+  return tiny ? Vec<float, L>{} : (Vec<float, L>)((Vec<uint32_t, L>)power + exponent);
 }
 
 // Reduces the L numbers with f by repeated halving.
@@ -148,24 +144,17 @@ VECTORIZED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix
 // ---------------------------------------------------------------- one head of one window
 // Buffers for one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V of equation (4), and those of the backward pass.
 template <class A> struct Head {
-  int64_t d;
-  A scale;
-  Matrix<A> q, key, v, key_t, p, z, dz, v_t, ds, dq, dk, dv;
-
-  Head(int64_t n, int64_t d)
-      : d(d), scale(1 / std::sqrt(A(d))), q(n, d), key(n, d), v(n, d), key_t(d, n), p(std::min(QUERIES, n), n), z(n, d),
-        dz(n, d), v_t(d, n), ds(std::min(QUERIES, n), n), dq(n, d), dk(n, d), dv(n, d) {}
-
-  void scores(int64_t i, int64_t m, int64_t n) {
-    product(m, d, n, q.from(i), key_t, 0, p, 0);
-    softmax(m, n, scale, p);
-  }
+  int64_t n, d;
+  A scale = 1 / std::sqrt(A(d));
+  Matrix<A> q{n, d}, key{n, d}, v{n, d}, key_t{d, n}, p{std::min(QUERIES, n), n}, z{n, d};
+  Matrix<A> v_t{d, n}, ds{std::min(QUERIES, n), n}, dz{n, d}, dq{n, d}, dk{n, d}, dv{n, d};
 
   void attend(int64_t n) {
     transpose(n, d, key, key_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      scores(i, m, n);
+      product(m, d, n, q.from(i), key_t, 0, p, 0);
+      softmax(m, n, scale, p);
       product(m, n, d, p.from(0), v, 0, z, i);
     }
   }
@@ -176,7 +165,8 @@ template <class A> struct Head {
     transpose(n, d, v, v_t);
     for (int64_t i = 0; i < n; i += QUERIES) {
       const int64_t m = std::min(QUERIES, n - i);
-      scores(i, m, n);                                        // P
+      product(m, d, n, q.from(i), key_t, 0, p, 0);
+      softmax(m, n, scale, p);                                // P
       product(m, d, n, dz.from(i), v_t, 0, ds, 0);            // dP = dZ Vᵀ
       softmax_backward(m, n, p, ds);                          // dS, over dP
       product(n, m, d, p.transposed(), dz, i, dv, 0, i > 0);  // dV += Pᵀ dZ
@@ -198,11 +188,16 @@ struct Place {
   int64_t token(int64_t y) const { return g.token(row(y).b, row(y).y, row(y).x); }
 };
 
-// Copies the head's channels out of a map (B, H, W, C), or Q, K or V of qkv; `stride` numbers per token.
+// Copies the head's channels out of a map (B, H, W, n C) into n matrices: Q, K and V, or one.
 template <class T>
-void gather(const Place& at, const T* map, int64_t stride, Matrix<Sum<T>>& to) {
-  for (int64_t y = 0; y < at.rows; ++y)
-    copy_tokens(at.columns, at.g.d, map + at.token(y) * stride + at.channel, stride, to.row(y * at.columns), to.stride);
+void gather(const Place& at, const T* map, std::initializer_list<Matrix<Sum<T>>*> matrices) {
+  const int64_t C = at.g.channels(), stride = matrices.size() * C;
+  map += at.channel;
+  for (Matrix<Sum<T>>* to : matrices) {
+    for (int64_t y = 0; y < at.rows; ++y)
+      copy_tokens(at.columns, at.g.d, map + at.token(y) * stride, stride, to->row(y * at.columns), to->stride);
+    map += C;
+  }
 }
 
 template <class T>
@@ -213,48 +208,43 @@ void scatter(const Place& at, Matrix<Sum<T>>& from, Sum<T> scale, T* map, int64_
 }
 }  // namespace
 
-void cpu::iwsa(const Windows& g, Type type, int64_t k, const void* qkv, const void* weight, const void* bias,
-               void* out) {
-  with_type(type, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    const T* map = (const T*)qkv;
-    const int64_t C = g.channels();
-    const Lim<T> lim(g, k, qkv, weight, bias);
+void cpu::iwsa(const Inputs& in, const void* bias, void* out) {
+  with_type<c10::BFloat16, c10::Half>(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Windows& g = in.g;
     at::parallel_for(0, g.count() * g.heads, 1, [&](int64_t begin, int64_t end) {
-      Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
+      Head<Sum<T>> h{g.largest(), g.d};
       for (int64_t i = begin; i < end; ++i) {
         const Place at(g, i);
-        gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
+        gather(at, (const T*)in.qkv, {&h.q, &h.key, &h.v});
         h.attend(at.rows * at.columns);
         for (int64_t y = 0; y < at.rows; ++y)
-          add_lim(g, at.row(y), at.channel, lim, h.z.row(y * at.columns), h.z.stride);
-        scatter(at, h.z, Sum<T>(1), (T*)out, C);
+          add_lim<T>(in, bias, at.row(y), at.channel, h.z.row(y * at.columns), h.z.stride);
+        scatter(at, h.z, Sum<T>(1), (T*)out, g.channels());
       }
     });
   });
 }
 
-void cpu::iwsa_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv, const void* weight,
-                        void* dqkv, void* parts) {
-  with_type(type, [&](auto* null) {
-    using T = std::remove_pointer_t<decltype(null)>;
-    const T *map = (const T*)qkv, *dout = (const T*)grad;
+void cpu::iwsa_backward(const Inputs& in, const void* grad, void* dqkv, void* parts) {
+  with_type<c10::BFloat16, c10::Half>(in.type, [&](auto zero) {
+    using T = decltype(zero);
+    const Windows& g = in.g;
     const int64_t C = g.channels();
-    const Lim<T> lim(g, k, qkv, weight);
     T* to = (T*)dqkv;
-    const auto work = [&](Sum<T>* sums, int64_t begin, int64_t end) {
-      Head<Sum<T>> h(std::min(g.M, g.H) * std::min(g.M, g.W), g.d);
+    sum_in_parts(g.count(), in, (Sum<T>*)parts, [&](Sum<T>* sums, int64_t begin, int64_t end) {
+      Head<Sum<T>> h{g.largest(), g.d};
       for (int64_t i = begin * g.heads; i < end * g.heads; ++i) {
         const Place at(g, i);
-        gather(at, map, 3 * C, h.q), gather(at, map + C, 3 * C, h.key), gather(at, map + 2 * C, 3 * C, h.v);
-        gather(at, dout, C, h.dz);
+        gather(at, (const T*)in.qkv, {&h.q, &h.key, &h.v});
+        gather(at, (const T*)grad, {&h.dz});
         h.attend_backward(at.rows * at.columns);
         for (int64_t y = 0; y < at.rows; ++y)
-          add_lim_backward(g, at.row(y), at.channel, lim, dout, sums, h.dv.row(y * at.columns), h.dv.stride);
-        scatter(at, h.dq, h.scale, to, 3 * C), scatter(at, h.dk, h.scale, to + C, 3 * C);
+          add_lim_backward<T>(in, grad, at.row(y), at.channel, sums, h.dv.row(y * at.columns), h.dv.stride);
+        scatter(at, h.dq, h.scale, to, 3 * C);
+        scatter(at, h.dk, h.scale, to + C, 3 * C);
         scatter(at, h.dv, Sum<T>(1), to + 2 * C, 3 * C);
       }
-    };
-    sum_in_parts(g.count(), C, k, (Sum<T>*)parts, work);
+    });
   });
 }

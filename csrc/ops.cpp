@@ -30,15 +30,6 @@
 namespace {
 using at::Tensor;
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return Type::Float64;
-    case at::kBFloat16: return Type::BFloat16;
-    case at::kHalf: return Type::Float16;
-    default: return Type::Float32;
-  }
-}
-
 Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window) {
   return {qkv.size(0), qkv.size(1), qkv.size(2), heads, qkv.size(3) / 3 / heads, window};
 }
@@ -57,59 +48,59 @@ Tensor in_sum_type(const Tensor& t, const Tensor& qkv) {
   return (sum.dim() == 4 ? sum.squeeze(1).permute({1, 2, 0}) : sum).contiguous();
 }
 
+// Replaces qkv and weight by what the kernels take, and returns pointers to them.
+Inputs prepare(Tensor& qkv, Tensor& weight, int64_t heads, int64_t window) {
+  weight = in_sum_type(weight, qkv);
+  qkv = in_memory(qkv).contiguous();
+  return {windows_of(qkv, heads, window), Type(qkv.scalar_type()), weight.size(0), qkv.data_ptr(), weight.data_ptr()};
+}
+
 // For the gradients of LIM's parameters: empty parts, w being the weight (k, k, C); and their sum.
 Tensor parts_for(const Tensor& w) {
   return at::empty({ON_CUDA(w) ? cuda_parts : cpu_parts, w.size(0) * w.size(0) + 1, w.size(2)}, w.options());
 }
-void add_parts(const Tensor& parts, const Tensor& dweight, const Tensor& dbias) {
+void add_parts(const Tensor& parts, Tensor& dweight, Tensor& dbias) {
   const Tensor sum = parts.sum(0), taps = sum.slice(0, 0, -1);
-  dweight.copy_(taps.t().reshape(dweight.sizes())), dbias.copy_(sum[-1]);
+  dweight.copy_(taps.t().reshape(dweight.sizes()));
+  dbias.copy_(sum[-1]);
 }
 
-void window_partition(const Tensor& qkv, int64_t heads, int64_t window, const Tensor& windows) {
-  const Tensor map = in_memory(qkv).contiguous();
-  const Windows g = windows_of(map, heads, window);
-  RUN(map, partition, g, map.element_size(), map.data_ptr(), windows.data_ptr(), false);
+void window_partition(Tensor qkv, int64_t heads, int64_t window, Tensor windows) {
+  qkv = in_memory(qkv).contiguous();
+  RUN(qkv, partition, windows_of(qkv, heads, window), qkv.element_size(), qkv.data_ptr(), windows.data_ptr(), false);
 }
 
-void window_partition_backward(const Tensor& grad, int64_t, int64_t, int64_t window, const Tensor& dqkv) {
-  const Tensor windows = in_memory(grad).contiguous();
+void window_partition_backward(Tensor grad, int64_t, int64_t, int64_t window, Tensor dqkv) {
+  grad = in_memory(grad).contiguous();
   const Windows g = windows_of(dqkv, grad.size(2), window);
-  RUN(dqkv, partition, g, dqkv.element_size(), dqkv.data_ptr(), windows.data_ptr(), true);
+  RUN(grad, partition, g, grad.element_size(), dqkv.data_ptr(), grad.data_ptr(), true);
 }
 
-void window_merge_lim(const Tensor& z, const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t window,
-                      const Tensor& out) {
-  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = in_memory(qkv).contiguous();
-  const Tensor own = in_memory(z).stride(3) == 1 ? z : z.contiguous();
-  const Windows g = windows_of(map, z.size(1), window);
-  RUN(map, merge_lim, g, type_of(map), w.size(0), own.data_ptr(), {own.stride(0), own.stride(1), own.stride(2)},
-      map.data_ptr(), w.data_ptr(), b.data_ptr(), out.data_ptr());
+void window_merge_lim(Tensor z, Tensor qkv, Tensor weight, Tensor bias, int64_t window, Tensor out) {
+  const Inputs in = prepare(qkv, weight, z.size(1), window);
+  bias = in_sum_type(bias, qkv);
+  z = in_memory(z).stride(3) == 1 ? z : z.contiguous();
+  RUN(z, merge_lim, in, bias.data_ptr(), z.data_ptr(), {z.stride(0), z.stride(1), z.stride(2)}, out.data_ptr());
 }
 
-void window_merge_lim_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads,
-                               int64_t window, const Tensor& dz, const Tensor& dqkv, const Tensor& dweight,
-                               const Tensor& dbias) {
-  const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
-  const Tensor parts = parts_for(w);
-  RUN(map, merge_lim_backward, windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
-      w.data_ptr(), dz.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+void window_merge_lim_backward(Tensor grad, Tensor qkv, Tensor weight, int64_t heads, int64_t window, Tensor dz,
+                               Tensor dqkv, Tensor dweight, Tensor dbias) {
+  const Inputs in = prepare(qkv, weight, heads, window);
+  const Tensor dout = in_memory(grad).contiguous(), parts = parts_for(weight);
+  RUN(dout, merge_lim_backward, in, dout.data_ptr(), dz.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
   add_parts(parts, dweight, dbias);
 }
 
-void iwsa(const Tensor& qkv, const Tensor& weight, const Tensor& bias, int64_t heads, int64_t window,
-          const Tensor& out) {
-  const Tensor w = in_sum_type(weight, qkv), b = in_sum_type(bias, qkv), map = in_memory(qkv).contiguous();
-  cpu::iwsa(windows_of(map, heads, window), type_of(map), w.size(0), map.data_ptr(), w.data_ptr(), b.data_ptr(),
-            out.data_ptr());
+void iwsa(Tensor qkv, Tensor weight, Tensor bias, int64_t heads, int64_t window, Tensor out) {
+  const Inputs in = prepare(qkv, weight, heads, window);
+  cpu::iwsa(in, in_sum_type(bias, qkv).data_ptr(), out.data_ptr());
 }
 
-void iwsa_backward(const Tensor& grad, const Tensor& qkv, const Tensor& weight, int64_t heads, int64_t window,
-                   const Tensor& dqkv, const Tensor& dweight, const Tensor& dbias) {
-  const Tensor w = in_sum_type(weight, qkv), map = in_memory(qkv).contiguous(), from = in_memory(grad).contiguous();
-  const Tensor parts = parts_for(w);
-  cpu::iwsa_backward(windows_of(map, heads, window), type_of(map), w.size(0), from.data_ptr(), map.data_ptr(),
-                     w.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
+void iwsa_backward(Tensor grad, Tensor qkv, Tensor weight, int64_t heads, int64_t window, Tensor dqkv, Tensor dweight,
+                   Tensor dbias) {
+  const Inputs in = prepare(qkv, weight, heads, window);
+  const Tensor dout = in_memory(grad).contiguous(), parts = parts_for(weight);
+  cpu::iwsa_backward(in, dout.data_ptr(), dqkv.data_ptr(), parts.data_ptr());
   add_parts(parts, dweight, dbias);
 }
 }  // namespace

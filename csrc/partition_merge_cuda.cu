@@ -1,9 +1,9 @@
 // Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
 // with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
 // How work maps to threads:
-// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h), so adjacent threads access
+// - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h): adjacent threads access
 //   adjacent addresses.  A block is x packs wide and y strips high: its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about the same
+// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about that
 //   time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at once and 9 weights
 //   stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
 // - The weight's gradient is a sum over all tokens.  A block sums one part of the strips: a thread in registers, then
@@ -13,7 +13,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels.h"
 
@@ -26,16 +25,7 @@
 namespace {
 constexpr int block_threads = 256, blocks_at_once = 2;  // per SM: 128 registers per thread
 
-template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <int n> using Constant = std::integral_constant<int, n>;
-
-// Explicit conversions, because PyTorch's build disables the implicit ones.
-template <class T> __device__ T widen(T x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-template <class T> __device__ void narrow(T x, T& to) { to = x; }
-__device__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 
 // V adjacent channels, loaded and stored together.
 template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
@@ -102,7 +92,7 @@ __device__ void add_neighbors(Pack<A, V>& sum, const Windows& g, int64_t any_k, 
       const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // as unsigned, -1 is out of range, too
       const auto neighbor = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
       const auto w = weights[mirrored ? k * k - 1 - tap : tap];
-      for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * widen(neighbor.x[u]);
+      for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * A(neighbor.x[u]);
     }
 }
 
@@ -124,7 +114,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
         add_neighbors<K, false>(sum, g, k, t.y, t.x + i, here, 3 * C, weights);
         const auto attention = load<V>(own);
         Pack<T, V> result;
-        for (int u = 0; u < V; ++u) narrow(sum.x[u] + widen(attention.x[u]), result.x[u]);
+        for (int u = 0; u < V; ++u) result.x[u] = T(sum.x[u] + Sum<T>(attention.x[u]));
         store(to, result);
       }
     }
@@ -151,7 +141,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
         Pack<Sum<T>, V> sum = {};
         add_neighbors<K, true>(sum, g, k, t.y, t.x + i, here, C, weights);
         Pack<T, V> dv;
-        for (int u = 0; u < V; ++u) narrow(sum.x[u], dv.x[u]);
+        for (int u = 0; u < V; ++u) dv.x[u] = T(sum.x[u]);
         store(dq, Pack<T, V>{});
         store(dq + C, Pack<T, V>{});
         store(dq + 2 * C, dv);
@@ -207,7 +197,7 @@ __global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
           const bool on_map = first + u <= taps && y + unsigned(dy[u]) < H && x + unsigned(dx[u]) < W;
           const auto neighbor = load<V>(here + (dy[u] * W + dx[u]) * C, on_map);
           for (int j = 0; j < V; ++j)
-            sum[u].x[j] += (first + u == taps ? 1 : widen(value.x[j])) * widen(neighbor.x[j]);
+            sum[u].x[j] += (first + u == taps ? 1 : Sum<T>(value.x[j])) * Sum<T>(neighbor.x[j]);
         }
       }
     }
@@ -237,21 +227,16 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 template <class... Pointers>
 bool aligned(Pointers... p) { return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...); }
 
-// Calls f with a kernel's T (as a zero of that type), V and K.  wide(V): whether V channels can be loaded together.
-template <class Wide, class F>
-cudaError_t with_type(Type type, int64_t k, Wide wide, F f) {
-  const auto with_k = [&](auto zero, auto V) { return k == 3 ? f(zero, V, Constant<3>{}) : f(zero, V, Constant<0>{}); };
-  const auto with_width = [&](auto zero) {
+// Calls f with a kernel's T (as a zero of that type), V and K.  V is 1 if 16 bytes cannot be loaded together.
+template <class F, class... Pointers>
+cudaError_t with_kernel(const Inputs& in, Strides strides, F f, Pointers... pointers) {
+  return with_type<__nv_bfloat16, __half>(in.type, [&](auto zero) {
     constexpr int V = 16 / sizeof(zero);
-    return wide(V) ? with_k(zero, Constant<V>{}) : with_k(zero, Constant<1>{});
-  };
-  switch (type) {
-    case Type::Float32: return with_width(float{});
-    case Type::Float64: return with_width(double{});
-    case Type::BFloat16: return with_width(__nv_bfloat16{});
-    case Type::Float16: return with_width(__half{});
-  }
-  return cudaErrorInvalidValue;
+    const auto with_k = [&](auto v) { return in.k == 3 ? f(zero, v, Constant<3>{}) : f(zero, v, Constant<0>{}); };
+    const bool wide = in.g.d % V == 0 && strides.window % V == 0 && strides.head % V == 0 &&
+                      strides.position % V == 0 && aligned(in.qkv, in.weight, pointers...);
+    return wide ? with_k(Constant<V>{}) : with_k(Constant<1>{});
+  });
 }
 }  // namespace
 
@@ -267,28 +252,25 @@ cudaError_t cuda::partition(const Windows& g, int64_t itemsize, void* map, void*
   return g.d * itemsize % 16 == 0 && aligned(map, windows) ? move_words(uint4{}) : move_words(uint16_t{});
 }
 
-cudaError_t cuda::merge_lim(const Windows& g, Type type, int64_t k, const void* z, Strides z_strides, const void* qkv,
-                            const void* weight, const void* bias, void* out, cudaStream_t stream) {
-  const auto wide = [&](int64_t V) {
-    return g.d % V == 0 && z_strides.window % V == 0 && z_strides.head % V == 0 && z_strides.position % V == 0 &&
-           aligned(z, qkv, weight, bias, out);
+cudaError_t cuda::merge_lim(const Inputs& in, const void* bias, const void* z, Strides z_strides, void* out,
+                            cudaStream_t stream) {
+  const auto run = [&](auto zero, auto V, auto K) {
+    const dim3 block = block_for(in.g.channels() / V);
+    return launch(merge_lim_kernel<decltype(zero), V, K>, grid_for(in.g, block), block, stream, in.g, in.k, z,
+                  z_strides, in.qkv, in.weight, bias, out);
   };
-  return with_type(type, k, wide, [&](auto zero, auto V, auto K) {
-    const dim3 block = block_for(g.channels() / V);
-    return launch(merge_lim_kernel<decltype(zero), V, K>, grid_for(g, block), block, stream, g, k, z, z_strides, qkv,
-                  weight, bias, out);
-  });
+  return with_kernel(in, z_strides, run, z, bias, out);
 }
 
-cudaError_t cuda::merge_lim_backward(const Windows& g, Type type, int64_t k, const void* grad, const void* qkv,
-                                     const void* weight, void* dz, void* dqkv, void* parts, cudaStream_t stream) {
-  const auto wide = [&](int64_t V) { return g.d % V == 0 && aligned(grad, qkv, weight, dz, dqkv); };
-  return with_type(type, k, wide, [&](auto zero, auto V, auto K) {
+cudaError_t cuda::merge_lim_backward(const Inputs& in, const void* grad, void* dz, void* dqkv, void* parts,
+                                     cudaStream_t stream) {
+  const auto run = [&](auto zero, auto V, auto K) {
     using T = decltype(zero);
-    const int64_t packs = g.channels() / V;
+    const int64_t packs = in.g.channels() / V;
     const dim3 block = block_for(packs), parts_grid(divide_up(packs, block.x), cuda_parts);
-    const cudaError_t error = launch(merge_lim_backward_kernel<T, V, K>, grid_for(g, block), block, stream, g, k, grad,
-                                     weight, dz, dqkv);
-    return error ? error : launch(parts_kernel<T, V, K>, parts_grid, block, stream, g, k, grad, qkv, parts);
-  });
+    const cudaError_t error = launch(merge_lim_backward_kernel<T, V, K>, grid_for(in.g, block), block, stream, in.g,
+                                     in.k, grad, in.weight, dz, dqkv);
+    return error ? error : launch(parts_kernel<T, V, K>, parts_grid, block, stream, in.g, in.k, grad, in.qkv, parts);
+  };
+  return with_kernel(in, {}, run, grad, dz, dqkv);
 }

@@ -4,7 +4,6 @@
 #include <c10/util/Half.h>
 
 #include <cstring>
-#include <type_traits>
 
 #include "kernels.h"
 
@@ -15,9 +14,6 @@
 #define VECTORIZED
 #endif
 #define INLINED __attribute__((always_inline))
-
-// The accumulation type.
-template <class T> using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // A SIMD vector of L numbers with elementwise operators (an extension of GCC and Clang).
 template <class A, int L> struct Vector {
@@ -33,8 +29,7 @@ INLINED inline Vec<Sum<T>, L> load(const T* p) {
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // the upper 16 bits of a float
     Vec<uint16_t, L> upper;
     std::memcpy(&upper, p, sizeof(upper));
-    const auto bits = __builtin_convertvector(upper, Vec<uint32_t, L>) << 16;
-    std::memcpy(&v, &bits, sizeof(v));
+    v = (Vec<float, L>)(__builtin_convertvector(upper, Vec<uint32_t, L>) << 16);
   } else {
     for (int i = 0; i < L; ++i) v[i] = p[i];
   }
@@ -46,8 +41,7 @@ INLINED inline void store(T* p, Vec<Sum<T>, L> v) {
   if constexpr (std::is_same_v<T, Sum<T>>) {
     std::memcpy(p, &v, sizeof(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {  // round to nearest, ties to even; NaN stays NaN
-    Vec<uint32_t, L> bits;
-    std::memcpy(&bits, &v, sizeof(v));
+    auto bits = (Vec<uint32_t, L>)v;
     bits = v == v ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : Vec<uint32_t, L>{} + 0x7fc0;
     const auto upper = __builtin_convertvector(bits, Vec<uint16_t, L>);
     std::memcpy(p, &upper, sizeof(upper));
@@ -70,15 +64,4 @@ static VECTORIZED void copy_tokens(int64_t n, int64_t d, const From* from, int64
                                    Sum<To> scale = 1) {
   for (int64_t i = 0; i < n; ++i, from += from_row, to += to_row)
     for_blocks(d, [&](auto L, int64_t j) INLINED { store<L>(to + j, load<L>(from + j) * scale); });
-}
-
-// Calls f with a null T*, which carries the type.
-template <class F>
-void with_type(Type type, F f) {
-  switch (type) {
-    case Type::Float32: return f((float*)nullptr);
-    case Type::Float64: return f((double*)nullptr);
-    case Type::BFloat16: return f((c10::BFloat16*)nullptr);
-    case Type::Float16: return f((c10::Half*)nullptr);
-  }
 }

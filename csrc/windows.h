@@ -5,12 +5,6 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
-
 struct Strip {
   int64_t b, y, x;           // image, row and column of its first token
   int64_t window, position;  // its window, 0 .. B·h·w, and the first token's index in the window, 0 .. M²
@@ -20,19 +14,20 @@ struct Strip {
 struct Windows {
   int64_t B, H, W, heads, d, M;
   int64_t h = (H + M - 1) / M, w = (W + M - 1) / M;
-  HOST_DEVICE int64_t channels() const { return heads * d; }
-  HOST_DEVICE int64_t count() const { return B * h * w; }
-  HOST_DEVICE int64_t strips() const { return count() * M; }
+  constexpr int64_t channels() const { return heads * d; }
+  constexpr int64_t largest() const { return (M < H ? M : H) * (M < W ? M : W); }  // tokens of a window on the map
+  constexpr int64_t count() const { return B * h * w; }
+  constexpr int64_t strips() const { return count() * M; }
   // Strips are numbered row by row through the map; strip s + w is the one below strip s.
-  HOST_DEVICE Strip strip(int64_t s) const {
+  constexpr Strip strip(int64_t s) const {
     const int64_t row = s / w, b = row / (h * M), y = row % (h * M), x = s % w * M;
     return {b, y, x, (b * h + y / M) * w + s % w, y % M * M, y >= H ? 0 : W - x < M ? W - x : M};
   }
-  HOST_DEVICE int64_t first_strip(int64_t window) const { return window / w * M * w + window % w; }
+  constexpr int64_t first_strip(int64_t window) const { return window / w * M * w + window % w; }
   // Offset of a token in (B, H, W, ...), in tokens.
-  HOST_DEVICE int64_t token(int64_t b, int64_t y, int64_t x) const { return (b * H + y) * W + x; }
+  constexpr int64_t token(int64_t b, int64_t y, int64_t x) const { return (b * H + y) * W + x; }
   // Offset of one head of a token in (3, windows, heads, M², d), in units of d; third: 0 for Q, 1 for K, 2 for V.
-  HOST_DEVICE int64_t group(int64_t third, int64_t window, int64_t head, int64_t position) const {
+  constexpr int64_t group(int64_t third, int64_t window, int64_t head, int64_t position) const {
     return ((third * count() + window) * heads + head) * M * M + position;
   }
 };
@@ -41,7 +36,7 @@ struct Windows {
 struct Strides {
   int64_t window, head, position;
   // Offset of one head of token i of a strip.
-  HOST_DEVICE int64_t at(const Strip& t, int64_t head_, int64_t i) const {
+  constexpr int64_t at(const Strip& t, int64_t head_, int64_t i) const {
     return t.window * window + head_ * head + (t.position + i) * position;
   }
 };

@@ -2,6 +2,7 @@
 
     python tests/bench.py models [--compile]      images of 224 x 224, with both, one or none of the two layers fused
     python tests/bench.py large [--size H W]      backbones with four maps, 224 x 224 to 1344 x 1344, and peak memory
+                                                  (both take --only step, --only float32 and so on)
     python tests/bench.py limit [--size H W]      S's time over that of its own linear layers and convolutions
     python tests/bench.py attention               SSA's attention, plain and PyTorch's, from 49 to 1000 keys
     python tests/bench.py kernels                 each operator against plain PyTorch, at the shapes of S's four stages
@@ -39,17 +40,16 @@ STEPS_UP_TO = 800 * 1280                                            # larger ima
 def medians(functions, args):
     """Median time of each function in milliseconds; the functions run in turn, at least three times."""
     times = [[] for _ in functions]
-    end = None
-    while end is None or time.perf_counter() < end or len(times[0]) < 3:
+    end = time.perf_counter() + args.seconds
+    while time.perf_counter() < end or len(times[0]) < 3:
         for function, own in zip(functions, times):
             start = time.perf_counter()
             function()
             if args.device == "cuda":
                 torch.cuda.synchronize()
             own.append((time.perf_counter() - start) * 1e3)
-        if end is None:                                             # the first round warms up
-            times = [[] for _ in functions]
-            end = time.perf_counter() + args.seconds
+    if len(times[0]) > 3:                                           # the first round warms up
+        times = [own[1:] for own in times]
     return [statistics.median(own) for own in times]
 
 
@@ -180,9 +180,13 @@ def calls(builders, what, shape, args):
     return {name: make(build(shape[2:]), images, dtype) for name, build in builders.items()}
 
 
+def chosen(args):
+    return [what for what in KINDS if args.only in what]
+
+
 def models(args):
     shape = (args.batch or 8, 3, *(args.size or (224, 224)))
-    for what in KINDS:
+    for what in chosen(args):
         print_sides(what, calls(SIDES, what, shape, args), args)
     for dtype in (torch.float32, torch.bfloat16) if args.compile else ():
         images = torch.randn(shape, device=args.device)
@@ -194,7 +198,7 @@ def models(args):
 
 def large(args):
     sizes = [args.size] if args.size else LARGE
-    rows = [(size, what) for size in sizes for what in KINDS
+    rows = [(size, what) for size in sizes for what in chosen(args)
             if KINDS[what][0] is inference or math.prod(size) <= STEPS_UP_TO]
     memory = {}
     for size, what in rows:                                         # before this process has threads: they do not
@@ -243,7 +247,8 @@ def attention(args):
         q = torch.randn(1, heads, queries, 40, device=args.device, dtype=dtype, requires_grad=True)
         k = torch.randn(1, heads, keys, 40, device=args.device, dtype=dtype, requires_grad=True)
         v = torch.randn(1, heads, keys, 32, device=args.device, dtype=dtype, requires_grad=True)
-        both = {"PyTorch's": partial(pytorch_attention, q, k, v), "plain": partial(scalablevit.attention, q, k, v, 0.16)}
+        both = {"PyTorch's": partial(pytorch_attention, q, k, v),
+                "plain": partial(scalablevit.attention, q, k, v, 0.16)}
         what = f"{heads} heads, {keys} keys, {str(dtype)[6:]}"
         print_sides(f"{what}, inference", {name: forward(f) for name, f in both.items()}, args)
         print_sides(f"{what}, step", {name: backward(f, (q, k, v)) for name, f in both.items()}, args)
@@ -312,9 +317,10 @@ def main():
     parser.add_argument("what", choices=commands)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=int, help="images (8; large: 1)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (Twins: multiples of 32)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=5, help="per line")
+    parser.add_argument("--only", default="", help="models, large: such as step, or inference, float32")
     parser.add_argument("--compile", action="store_true", help="models: also with torch.compile, without kernels")
     args = parser.parse_args()
     args.size = tuple(args.size) if args.size else None

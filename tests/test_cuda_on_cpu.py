@@ -9,8 +9,7 @@ end the tests; this file is also the program of that process:
 
 A load or store of 16 bytes at an address that they do not divide, which a GPU refuses and a CPU does not, stops the
 process: -fsanitize=alignment is on unless CUDA_ON_CPU gives other flags.  Use more sanitizers after every change of a
-kernel.  The second line runs real threads to find races in shared memory (ten
-times fewer cases, but still minutes):
+kernel.  The second line runs real threads to find races in shared memory (ten times fewer cases, but still minutes):
 
     CUDA_ON_CPU="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" pytest tests/test_cuda_on_cpu.py
     CUDA_ON_CPU="-O1 -g -fsanitize=thread -DREAL_THREADS" pytest tests/test_cuda_on_cpu.py
@@ -250,6 +249,16 @@ def test_merge_lim_against_its_definition_in_float64(cuda, case, launch):
     got = cuda("window_merge_lim", *tensors, M, **launch)
     assert got.dtype == case["qkv"].dtype
     close(got, merge_lim(*(t.double() for t in tensors), M))
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_every_stride_of_z_is_checked_before_wide_loads(cuda, broken):
+    """Strides between windows, heads and tokens, one of them odd: the sanitizer would stop at a load of 16 bytes."""
+    strides = [1024, 256, 16, 1]
+    strides[broken] += 1
+    z = torch.randn(2048 + 8).as_strided((2, 4, 16, 8), strides)
+    tensors = z, torch.randn(1, 4, 8, 96), torch.randn(32, 1, 3, 3), torch.randn(32)
+    close(cuda("window_merge_lim", *tensors, 4), merge_lim(*(t.double() for t in tensors), 4))
 
 
 @examples(100)

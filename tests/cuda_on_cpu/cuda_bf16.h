@@ -6,12 +6,11 @@
 
 struct __nv_bfloat16 {
   uint16_t bits;  // the upper half of a float
+
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float x) {
+    const uint32_t all = std::bit_cast<uint32_t>(x);
+    bits = std::isnan(x) ? 0x7fff : (all + 0x7fff + (all >> 16 & 1)) >> 16;
+  }
+  explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
-
-inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  if (std::isnan(x)) return {0x7fff};
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
