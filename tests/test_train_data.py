@@ -83,7 +83,10 @@ def test_steps_repeat_images_and_are_shared_by_the_processes(extra, world, accum
 
 def test_epochs_and_seeds_shuffle_differently_and_mixed_neighbours_are_never_copies():
     steps = batches(64, 1, 1, 64, aug_repeats=1, seed=0)[0] + batches(64, 1, 1, 64, aug_repeats=1, seed=1)[0]
-    assert len({str([image for image, _ in step]) for step in steps}) == 6
+    orders = set()
+    for step in steps:
+        orders.add(tuple(image for image, _ in step))
+    assert len(orders) == 6
     batch = batches(128, 1, 1, 128, aug_repeats=3, seed=0)[0][0]    # v2.MixUp mixes i with i - 1
     assert all(batch[i][0] != batch[i - 1][0] for i in range(128))
 
@@ -191,4 +194,5 @@ def test_a_linear_classifier_of_the_digits_stays_under_60_percent(tmp_path):
     for strength in (1, 10, 100, 1000):
         targets = x.T @ torch.eye(10).double()[labels[:4000]]
         guesses = (x_val @ torch.linalg.solve(x.T @ x + strength * torch.eye(768), targets)).argmax(1)
+        print(strength, (guesses == labels[4000:]).double().mean().item())
         assert (guesses == labels[4000:]).double().mean() < 0.6
