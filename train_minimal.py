@@ -432,6 +432,6 @@ if __name__ == "__main__":
     try:
         main()
     except (UserError, OSError, ImportError) as error:  # the last line: workers add more
-        line = str(error).splitlines()[-1].encode("unicode_escape").decode()
-        print("train_minimal.py:", line, file=sys.stderr)
+        print(f"train_minimal.py: {str(error).splitlines()[-1].encode('unicode_escape').decode()}",
+              file=sys.stderr)
         sys.exit(2)

@@ -553,12 +553,12 @@ def cost(sides=(224, 336, 448, 672, 896, 1344)):
 
 # ---------------------------------------------------------------------------- training curves
 def curves(log):
-    """Training loss, accuracy and learning rate per epoch, from train_minimal.py's log.jsonl."""
+    """Training loss and accuracy per epoch, from train_minimal.py's log.jsonl."""
     lines = pathlib.Path(log).read_text().splitlines()
     epochs = [json.loads(line) for line in lines]
     at = [epoch["epoch"] for epoch in epochs]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    titles = {"loss": "training loss", "top1": "top-1, %", "lr": "learning rate"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    titles = {"loss": "training loss", "top1": "top-1, %"}
     for axis, (key, title) in zip(axes, titles.items()):
         axis.plot(at, [epoch[key] for epoch in epochs], "o-", color="black")
         axis.set(xlabel="epoch", title=title)
@@ -575,7 +575,7 @@ def answers(run, each=2):
     truth = []
     for label in classes:
         for i in range(each):
-            file = run / "digits" / "val" / label / f"{i:03}.png"
+            file = run / "digits" / "val" / label / f"{10 * i + int(label):04}.png"
             pictures.append(photograph(file, size, round(size * 256 / 224)))    # as in training
             truth.append(label)
     with torch.no_grad():
