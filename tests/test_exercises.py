@@ -32,6 +32,7 @@ def run(folder, *names, patch=None):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda file: file.stem)
 def test_an_exercise_is_solved_by_its_patch(solution, tmp_path):
     result = run(tmp_path, solution.stem, patch=solution)

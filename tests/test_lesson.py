@@ -45,6 +45,7 @@ def save(notebook):
     part.replace(LESSON)
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom():
     for package in ("nbclient", "ipykernel", "matplotlib", "torchvision"):
         pytest.importorskip(package)
@@ -95,6 +96,7 @@ def test_a_question_comes_before_each_picture_and_its_answer_after():
     assert not open_question
 
 
+@pytest.mark.slow
 def test_it_becomes_slides(tmp_path):
     """With nbconvert, as the page says: a slide for each part, and no code of the cells that only draw."""
     pytest.importorskip("nbconvert")

@@ -52,6 +52,7 @@ def test_compile_in_one_graph(pattern):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     """The default backend, on one stage with every kind of layer, without gradients.
 
@@ -72,6 +73,7 @@ def test_export_with_a_dynamic_batch(pattern):
         torch.testing.assert_close(program.module()(images(B)), model(images(B)))
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_sizes():
     """Batch, H and W larger and smaller than when traced, divisible by 7 and the reductions or not."""
     model, Dim = small(depths=(2, 2), heads=(2, 4), rc=(1.25, 1.0), rn=(1 / 4, 1)).eval(), torch.export.Dim
@@ -193,6 +195,7 @@ def train(model, call, share):
         optimizer.step()
 
 
+@pytest.mark.slow
 def test_ddp_on_two_processes_equals_one(tmp_path):
     """Two ranks with half of each batch end with the same parameters as one process with whole batches."""
     multiprocessing.spawn(train_on_one_rank, (2, str(tmp_path)), nprocs=2)

@@ -17,6 +17,7 @@ class Backbone(torch.nn.Module):
         return tuple(self.model.forward_features(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["classifier", "backbone"])
 def test_onnx_runtime_computes_the_same(part, tmp_path):
     """For an image size not divisible by 7 or the reductions, and batch sizes other than the traced one."""

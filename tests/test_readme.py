@@ -33,7 +33,13 @@ def run(call):
         pytest.skip(f"{missing.name} is not installed")
 
 
-@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def slow(code):
+    """Exporting takes most of a minute."""
+    return [pytest.mark.slow] if "onnx" in code or "torch.export" in code else []
+
+
+@pytest.mark.parametrize("code", [
+    pytest.param(code, marks=slow(code)) for language, code in BLOCKS if language == "python"])
 def test_python_blocks_run(code, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT)                                # for docs/
     monkeypatch.chdir(tmp_path)                                      # for the files they write, and those they read:

@@ -49,6 +49,7 @@ def test_colors_do_not_reveal_the_class():
         assert c.mean().abs() < 0.1 and (c.std() - 1).abs() < 0.1
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_per_pixel_classifier_cannot():
     """After 120 updates: 27 % against 19 % (seed 0).  With the program's 800 updates the gap widens."""
     pixel = nn.Sequential(nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 4, 1))

@@ -184,6 +184,7 @@ def test_the_digits_are_drawn_alike_and_appear_when_complete(tmp_path):
     assert len(drawn) == 50
 
 
+@pytest.mark.slow
 def test_a_linear_classifier_of_the_digits_stays_under_60_percent(tmp_path):
     """Ridge regression on 16 × 16 pixels, the best of several strengths."""
     train.draw_digits(tmp_path / "digits")
