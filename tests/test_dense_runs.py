@@ -191,6 +191,88 @@ def test_workers_change_nothing(workers, data, finished, tmp_path):
     assert log_of(tmp_path) == log_of(finished("semantic_fpn"))
 
 
+# ---------------------------------------------------------------------------- COCO and ADE20K
+def shapes(split):
+    """Portrait, landscape and square."""
+    return {f"{split}{i}": size for i, size in enumerate([(50, 30), (30, 60), (40, 40)])}
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three pictures of different shapes in each split; ids begin at 0; no iscrowd, no area."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        content = {"images": [], "annotations": [], "categories": [{"id": 0, "name": "left"}, {"id": 9, "name": "right"}]}
+        (tmp_path / f"{split}2017").mkdir()
+        for i, (name, (H, W)) in enumerate(shapes(split).items()):
+            Image.new("RGB", (W, H), (90 * i, 20, 40)).save(tmp_path / f"{split}2017" / f"{name}.jpg")
+            content["images"].append({"id": i, "file_name": f"{name}.jpg", "height": H, "width": W})
+            for category, x in ((0, 0), (9, W // 2)):
+                corners = [x, 0, x + W // 2, 0, x + W // 2, H, x, H]
+                content["annotations"].append({"id": len(content["annotations"]), "image_id": i, "category_id": category,
+                                               "bbox": [x, 0, W // 2 + 0.005, H], "segmentation": [corners]})
+        (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("framework", ["mask_rcnn", "retinanet"])
+def test_a_coco_folder_with_pictures_of_any_shape_is_trained_on_to_the_last_picture(framework, coco, tmp_path):
+    output = run(framework, coco, tmp_path / "run", "--accum", 1, "--batch-size", 1, "--lr", 1e-3)
+    assert [entry["step"] for entry in log_of(output)] == [3, 6]
+    assert torch.load(output / "last.pt", weights_only=True)["classes"] == ["left", "right"]
+    assert (output / f"{framework}.png").exists()
+
+
+@pytest.fixture
+def ade20k(tmp_path):
+    """Three pictures of different shapes in each split: left is class 1, right class 2, the last rows are none."""
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\tleft\n2\tright\n")
+    for split in ("training", "validation"):
+        for folder in ("images", "annotations"):
+            (tmp_path / folder / split).mkdir(parents=True)
+        for name, (H, W) in shapes(split).items():
+            labels = np.ones((H, W), np.uint8)
+            labels[:, W // 2:] = 2
+            labels[-5:] = 0
+            Image.fromarray(labels).save(tmp_path / "annotations" / split / f"{name}.png")
+            Image.fromarray(90 * labels).convert("RGB").save(tmp_path / "images" / split / f"{name}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("framework", ["semantic_fpn", "upernet"])
+def test_an_ade20k_folder_with_pictures_of_any_shape_is_trained_on_to_the_last_picture(framework, ade20k, tmp_path):
+    output = run(framework, ade20k, tmp_path / "run", "--accum", 1, "--lr", 1e-3)
+    assert [entry["step"] for entry in log_of(output)] == [1, 2, 3, 4, 5, 6]
+    assert torch.load(output / "last.pt", weights_only=True)["classes"] == ["left", "right"]
+    assert (output / f"{framework}.png").exists()
+
+
+def test_a_run_on_coco_that_is_killed_in_training_reads_the_rest_in_the_same_order(coco, tmp_path, monkeypatch):
+    """Also the flips are those of the run that was not stopped."""
+    orders = {}
+    step = dense.train_step
+    for name, stops in (("whole", []), ("pieces", [2])):
+        seen = orders[name] = []
+        loss = detection.loss
+
+        def recording(net, images, targets):
+            seen.append([image.float().mean().item() for image in images] + [t["boxes"].tolist() for t in targets])
+            return loss(net, images, targets)
+        monkeypatch.setattr(detection, "loss", recording)
+        for last in stops:
+            def stopping(program, net, optimizer, batches, number, args):
+                if number > last:
+                    raise Stop
+                return step(program, net, optimizer, batches, number, args)
+            monkeypatch.setattr(dense, "train_step", stopping)
+            with pytest.raises(Stop):
+                run("retinanet", coco, tmp_path / name, "--batch-size", 1, "--accum", 1, "--save-every", 1)
+            monkeypatch.setattr(dense, "train_step", step)
+        run("retinanet", coco, tmp_path / name, "--batch-size", 1, "--accum", 1)
+        monkeypatch.setattr(detection, "loss", loss)
+    assert orders["pieces"] == orders["whole"]
+
+
 # ---------------------------------------------------------------------------- two processes
 def torchrun(framework, data, output, *more, wait=True):
     program, settings = PROGRAMS[framework]
