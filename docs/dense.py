@@ -78,7 +78,7 @@ def parse_args(program, argv=None):
     known.update(saved)
     known.update(given)
     args = argparse.Namespace(**{**program.recipe(known), **known, "output": output})
-    for name in program.POSITIVE:
+    for name in set(program.SETTINGS) - {"seed", "warmup_steps", "weight_decay"}:
         if getattr(args, name) <= 0:
             raise UserError(f"{name} must be more than 0, not {getattr(args, name)}")
     args.aug_repeats = 1
@@ -290,6 +290,13 @@ def run_program(program):
 def open_image(path):
     """(3, H, W) uint8."""
     return v2.functional.pil_to_tensor(load_image(path))
+
+
+def enlarge(image):
+    """(3, H, W) uint8 -> a picture in which text can be read, and how many times as large it is."""
+    zoom = max(1, 320 // min(image.shape[1:]))
+    picture = v2.functional.to_pil_image(image)
+    return picture.resize((zoom * picture.width, zoom * picture.height)), zoom
 
 
 def color(label):

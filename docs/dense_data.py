@@ -38,15 +38,18 @@ class Mosaics(Dataset):
         rng = np.random.default_rng(key[1] % 2 ** 63)
         squares = np.indices((self.side, self.side)).reshape(2, -1).T               # (cells, 2)
         centers = (squares + rng.uniform(0, 1, squares.shape)) * self.size / self.side
-        places = np.indices((self.size, self.size)).transpose(1, 2, 0)[:, :, None]
-        nearest = np.linalg.norm(places - centers, axis=-1).argmin(-1)              # (size, size)
+        pixels = np.indices((self.size, self.size)).reshape(2, -1, 1)               # (2, size², 1)
+        distances = np.linalg.norm(pixels - centers.T[:, None], axis=0)
+        nearest = distances.argmin(1).reshape(self.size, self.size)
         image = np.zeros((self.size, self.size, 3), np.uint8)
         labels = np.zeros((self.size, self.size), np.int64)
         cells = np.zeros_like(labels)
         for cell in np.unique(nearest):
             inside = nearest == cell
             rows, columns = inside.nonzero()
-            box = np.s_[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            top, bottom = rows.min(), rows.max() + 1
+            left, right = columns.min(), columns.max() + 1
+            box = np.s_[top:bottom, left:right]
             inside = inside[box]                                    # (height, width) of the cell
             patch, label = self.fill(inside.shape[::-1], rng)
             image[box][inside] = patch[inside]
@@ -58,7 +61,8 @@ class Mosaics(Dataset):
     def fill(self, size, rng):
         """Pixels and label of a cell: an image's (height, width, 3), or a color and 0."""
         if rng.random() < 0.3:
-            return np.broadcast_to(rng.integers(0, 256, 3, np.uint8), (*size[::-1], 3)), 0
+            color = tuple(rng.integers(0, 256, 3).tolist())
+            return np.asarray(Image.new("RGB", size, color)), 0
         image, label = self.images[rng.integers(len(self.images)), 0]
         return np.asarray(image.resize(size)), label + 1
 
@@ -164,9 +168,14 @@ class Coco(Dataset):
             raise ValueError("bbox is not finite")
         left, top = max(x, 0), max(y, 0)
         mask = entry.get("segmentation")
+        right, bottom = min(x + w, W), min(y + h, H)
+        if not is_mask(mask, H, W):
+            mask = None
         return dict(
-            image_id=image["id"], bbox=[left, top, min(x + w, W) - left, min(y + h, H) - top],
-            segmentation=mask if is_mask(mask, H, W) else None, area=entry.get("area"),
+            image_id=image["id"],
+            bbox=[left, top, right - left, bottom - top],
+            segmentation=mask,
+            area=entry.get("area"),
             iscrowd=int(entry.get("iscrowd", 0)))
 
     def __len__(self):
@@ -179,8 +188,8 @@ class Coco(Dataset):
         H, W = image["height"], image["width"]
         pixels = v2.functional.to_image(load_image(self.folder / image["file_name"]))
         objects = self.coco.imgToAnns[image["id"]]
-        boxes = torch.tensor([entry["bbox"] for entry in objects]).view(-1, 4)
-        boxes = ops.box_convert(boxes, "xywh", "xyxy")
+        boxes = torch.tensor([entry["bbox"] for entry in objects])
+        boxes = ops.box_convert(boxes.view(-1, 4), "xywh", "xyxy")
         target = dict(
             boxes=tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(H, W)),
             labels=torch.tensor([entry["label"] for entry in objects], dtype=torch.long),
@@ -229,8 +238,8 @@ class ADE20K(Dataset):
     """
 
     def __init__(self, root, split, size):
-        names = (root / "objectInfo150.txt").read_text().splitlines()[1:]   # below the heading
-        self.classes = [line.split("\t")[-1].strip() for line in names if line.strip()]
+        lines = (root / "objectInfo150.txt").read_text().strip().splitlines()
+        self.classes = [line.split("\t")[-1].strip() for line in lines[1:]]
         folder, self.training = root / "images" / split, split == "training"
         files = sorted(folder.glob("*"))
         self.images = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
@@ -251,7 +260,8 @@ class ADE20K(Dataset):
         index, seed = key
         torch.default_generator.manual_seed(seed)                   # wherever it is loaded
         image = v2.functional.to_image(load_image(self.images[index]))
-        labels = torch.from_numpy(np.array(open_label(self.labels[index])))[None]
+        label = open_label(self.labels[index])
+        labels = torch.from_numpy(np.array(label))[None]            # (1, H, W) uint8
         labels[labels == NONE] = 0
         if labels.max() > len(self.classes):
             raise UserError(f"{str(self.labels[index])!a} has label {labels.max()}, but "

@@ -33,7 +33,6 @@ from torchvision import ops, utils
 from torchvision.models.detection import MaskRCNN, RetinaNet, faster_rcnn, mask_rcnn as heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.transforms import v2
 
 CHOICES = {"framework": ["mask_rcnn", "retinanet"], "schedule": ["1x", "3x"],
            "model": ["tiny", "s", "b", "l"]}
@@ -52,8 +51,6 @@ SETTINGS = dict(             # Appendix C, Mask R-CNN, 1x
     mosaics=800,             # in an epoch, always fresh ones
     seed=0,
 )
-POSITIVE = ["epochs", "batch_size", "accum", "lr", "size", "min_size", "width", "anchor",
-            "proposals", "mosaics", "save_every"]
 MOSAIC = dict(epochs=6, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=96, min_size=96,
               width=48, anchor=16, proposals=200)
 FALLS = {"1x": (8 / 12, 11 / 12), "3x": (27 / 36, 33 / 36)}         # when the rate drops to a tenth
@@ -110,10 +107,11 @@ def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
 
     num_classes includes the background; `anchor` is the side of the smallest anchor in pixels.
     """
-    steps = (1, 2 ** (1 / 3), 2 ** (2 / 3))
-    sides = tuple(tuple(anchor * 2 ** i * step for step in steps) for i in range(5))
+    sides = []
+    for i in range(5):
+        sides.append(tuple(anchor * 2 ** (i + j / 3) for j in range(3)))
     pyramid = Pyramid(backbone, 1, width, LastLevelP6P7(backbone.num_features, width))
-    anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5)
+    anchors = AnchorGenerator(tuple(sides), ((0.5, 1.0, 2.0),) * 5)
     return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **kwargs)
 
 
@@ -234,9 +232,7 @@ def draw(image, objects, classes):
     if labels and "masks" in objects:
         masks = torch.as_tensor(objects["masks"][sure]).bool()
         image = utils.draw_segmentation_masks(image, masks, alpha=0.5, colors=paint)
-    zoom = max(1, 320 // min(image.shape[1:]))
-    picture = v2.functional.to_pil_image(image)
-    picture = picture.resize((zoom * picture.width, zoom * picture.height))
+    picture, zoom = dense.enlarge(image)
     for i, box in enumerate((zoom * objects["boxes"][sure]).tolist()):
         ImageDraw.Draw(picture).rectangle(box, outline=paint[i], width=2)
         text = classes[labels[i] - 1]

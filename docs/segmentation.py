@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import default_collate as collate  # noqa: F401
 from torchvision import utils
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import resize as resize_image
 from train_minimal import normalize
 
 CHOICES = {"framework": ["semantic_fpn", "upernet"], "model": ["tiny", "s", "b", "l"]}
@@ -45,7 +45,6 @@ SETTINGS = dict(             # Appendix C, Semantic FPN
     mosaics=1600,            # in each epoch, always fresh ones
     seed=0,
 )
-POSITIVE = ["steps", "batch_size", "accum", "lr", "size", "width", "mosaics", "save_every"]
 UPERNET = dict(SETTINGS, steps=160_000, power=1.0, lr=6e-5, weight_decay=1e-2, width=512)
 MOSAIC = dict(steps=300, batch_size=16, accum=1, lr=1e-3, size=112, width=64)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                          # for MS in Table 4 (4.3)
@@ -99,7 +98,9 @@ class SemanticFPN(nn.Module):
         super().__init__()
         self.backbone = backbone
         head = width // 2
-        self.lateral, self.smooth, self.scale = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.lateral = nn.ModuleList()
+        self.smooth = nn.ModuleList()
+        self.scale = nn.ModuleList()
         for i, C in enumerate(backbone.channels):
             self.lateral.append(nn.Conv2d(C, width, 1))
             self.smooth.append(nn.Conv2d(width, width, 3, padding=1))
@@ -140,7 +141,8 @@ class UperNet(nn.Module):
         head, last = width // 2, channels[-1]
         self.pool = nn.ModuleList()
         for n in bins:
-            self.pool.append(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(last, width, 1)))
+            pool = nn.AdaptiveAvgPool2d(n)
+            self.pool.append(nn.Sequential(pool, conv(last, width, 1)))
         self.bottleneck = conv(last + len(bins) * width, width)
         self.lateral = nn.ModuleList(conv(C, width, 1) for C in channels[:-1])
         self.smooth = nn.ModuleList(conv(width, width) for _ in channels[:-1])
@@ -151,15 +153,22 @@ class UperNet(nn.Module):
 
     def forward(self, images):
         maps = self.backbone.forward_features(images)               # (B, C_i, ⌈H/s⌉, ⌈W/s⌉) each
-        pooled = [resize(pool(maps[-1]), maps[-1]) for pool in self.pool]
+        last = maps[-1]
+        pooled = [resize(pool(last), last) for pool in self.pool]
         pyramid = [lateral(m) for lateral, m in zip(self.lateral, maps)]
-        pyramid.append(self.bottleneck(torch.cat([maps[-1], *pooled], dim=1)))
+        together = torch.cat([last, *pooled], dim=1)
+        pyramid.append(self.bottleneck(together))
         for i in reversed(range(1, len(pyramid))):                  # (B, width, ⌈H/s⌉, ⌈W/s⌉) each
-            pyramid[i - 1] = pyramid[i - 1] + resize(pyramid[i], pyramid[i - 1])
-        levels = [smooth(level) for smooth, level in zip(self.smooth, pyramid)] + pyramid[-1:]
-        joined = self.join(torch.cat([resize(level, levels[0]) for level in levels], dim=1))
+            above = resize(pyramid[i], pyramid[i - 1])
+            pyramid[i - 1] = pyramid[i - 1] + above
+        levels = [smooth(level) for smooth, level in zip(self.smooth, pyramid)]
+        levels.append(pyramid[-1])
+        same = [resize(level, levels[0]) for level in levels]
+        joined = self.join(torch.cat(same, dim=1))                  # (B, width, ⌈H/4⌉, ⌈W/4⌉)
         logits = resize(self.classify(joined), images)
-        return (logits, resize(self.auxiliary(maps[-2]), images)) if self.training else logits
+        if not self.training:
+            return logits
+        return logits, resize(self.auxiliary(maps[-2]), images)
 
 
 def build(backbone, num_classes, args):
@@ -172,10 +181,9 @@ def loss(net, images, labels):
     labels = labels.to(DEVICE)
     outputs = net(normalize(images))
     if not isinstance(outputs, tuple):
-        return F.cross_entropy(outputs, labels, ignore_index=NONE)
-    logits, auxiliary = outputs
-    return (F.cross_entropy(logits, labels, ignore_index=NONE)
-            + 0.4 * F.cross_entropy(auxiliary, labels, ignore_index=NONE))
+        outputs = (outputs,)
+    losses = [F.cross_entropy(logits, labels, ignore_index=NONE) for logits in outputs]
+    return losses[0] + 0.4 * sum(losses[1:])
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -186,8 +194,10 @@ def multi_scale(model, images, scales=SCALES):
     for scale in scales:
         size = [max(1, round(n * scale)) for n in images.shape[2:]]
         scaled = F.interpolate(images, size=size, mode="bilinear")
-        total = total + resize(model(scaled), images).softmax(dim=1)
-        total = total + resize(model(scaled.flip(3)).flip(3), images).softmax(dim=1)
+        plain = model(scaled)
+        flipped = model(scaled.flip(3)).flip(3)
+        for logits in (plain, flipped):
+            total = total + resize(logits, images).softmax(dim=1)
     return total / (2 * len(scales))
 
 
@@ -207,9 +217,11 @@ def mean_iou(predict, batches, classes):
         counts += pairs.bincount(minlength=classes ** 2).view(classes, classes)
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(counts)
-    union = counts.sum(0) + counts.sum(1) - counts.diag()
-    iou = 100 * (counts.diag() / union).nanmean().item()
-    return iou, 100 * (counts.diag().sum() / counts.sum()).item()
+    right = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - right
+    iou = (right / union).nanmean()
+    pixels = right.sum() / counts.sum()
+    return 100 * iou.item(), 100 * pixels.item()
 
 
 def evaluate(model, dataset, args):
@@ -231,21 +243,22 @@ def evaluate(model, dataset, args):
 @torch.no_grad()
 def find(model, image):
     """Class of each pixel (H, W) of an image (3, H, W) uint8, on the CPU."""
-    return model.eval()(normalize(image[None])).argmax(1)[0].cpu()
+    model.eval()
+    logits = model(normalize(image[None]))                          # (1, classes, H, W)
+    return logits.argmax(1)[0].cpu()
 
 
 def draw(image, labels, classes):
     """Colors over an image (3, H, W) uint8, with a legend below; small ones enlarged."""
     found = [label for label in labels.unique().tolist() if label != NONE]
-    image = v2.functional.resize(image, list(labels.shape))         # that ADE20K's labels keep
+    image = resize_image(image, list(labels.shape))                 # that ADE20K's labels keep
     if found:
         masks = torch.stack([labels == label for label in found])
         paint = [dense.color(label) for label in found]
         image = utils.draw_segmentation_masks(image, masks, alpha=0.5, colors=paint)
-    zoom = max(1, 320 // min(image.shape[1:]))
-    picture = v2.functional.to_pil_image(image)
-    picture = picture.resize((zoom * picture.width, zoom * picture.height))
-    sheet = Image.new("RGB", (picture.width, picture.height + 20 * len(found)), "white")
+    picture, _ = dense.enlarge(image)
+    height = picture.height + 20 * len(found)
+    sheet = Image.new("RGB", (picture.width, height), "white")
     sheet.paste(picture)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, label in enumerate(found):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
@@ -152,7 +153,7 @@ def test_an_image_of_any_shape_is_drawn_with_its_boxes(H, W):
     zoom = picture.width / W
     assert picture.height == zoom * H
     assert min(picture.size) >= 160
-    drawn = (255 - detection.v2.functional.pil_to_tensor(picture).int()).sum(0).nonzero()
+    drawn = (255 - v2.functional.pil_to_tensor(picture).int()).sum(0).nonzero()
     assert drawn[:, 1].min() == pytest.approx(5 * zoom, abs=2)      # the second box is below the lowest score
     assert drawn[:, 0].max() == pytest.approx(36 * zoom, abs=2)
 
