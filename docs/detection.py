@@ -51,8 +51,8 @@ SETTINGS = dict(             # Appendix C, Mask R-CNN, 1x
     mosaics=800,             # in an epoch, always fresh ones
     seed=0,
 )
-MOSAIC = dict(epochs=6, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=96, min_size=96,
-              width=48, anchor=16, proposals=200)
+MOSAIC = dict(epochs=8, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=80, min_size=80,
+              width=48, anchor=16, proposals=200, mosaics=320)
 FALLS = {"1x": (8 / 12, 11 / 12), "3x": (27 / 36, 33 / 36)}         # when the rate drops to a tenth
 FOLDER = "annotations"
 SURE = 0.5                                                          # the lowest score that is shown

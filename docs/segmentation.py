@@ -46,7 +46,7 @@ SETTINGS = dict(             # Appendix C, Semantic FPN
     seed=0,
 )
 UPERNET = dict(SETTINGS, steps=160_000, power=1.0, lr=6e-5, weight_decay=1e-2, width=512)
-MOSAIC = dict(steps=300, batch_size=16, accum=1, lr=1e-3, size=112, width=64)
+MOSAIC = dict(steps=450, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                          # for MS in Table 4 (4.3)
 FOLDER = "images/training"
 

@@ -318,6 +318,12 @@ def test_an_eps_in_ade20k_is_refused(name, ade20k):
     assert name in refused(ADE20K, ade20k, "validation", 32)
 
 
+def test_labels_that_were_compressed_with_losses_are_refused(ade20k):
+    file = ade20k / "annotations" / "validation" / "0.png"
+    Image.open(file).save(file, format="JPEG")
+    assert "annotations/validation/0.png" in refused(ADE20K, ade20k, "validation", 32)
+
+
 def test_a_missing_label_or_an_empty_folder_is_named(ade20k):
     (ade20k / "annotations" / "validation" / "0.png").unlink()
     assert "annotations/validation/0.png" in refused(ADE20K, ade20k, "validation", 32)
