@@ -1,4 +1,5 @@
 """Runs of docs/detection.py and docs/segmentation.py: stopped and gone on, evaluated, on two processes, refused."""
+import argparse
 import json
 import os
 import pathlib
@@ -99,6 +100,21 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(framework, data, fin
     assert log_of(tmp_path) == log_of(finished(framework))
     for name, weight in whole["model"].items():
         assert torch.equal(weight, pieces["model"][name]), name
+
+
+def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
+    """So does a run that goes on, where dropout and the samples of Mask R-CNN are concerned."""
+    program = argparse.Namespace(loss=lambda net, images: net(images).sum() * torch.rand(()))
+    args = argparse.Namespace(accum=2, seed=0, bf16=False)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    losses = []
+    for step, before in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(before)
+        batches = iter([[torch.ones(1, 2)]] * 2)
+        losses.append(dense.train_step(program, net, optimizer, batches, step, args))
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
 
 
 @pytest.mark.parametrize("framework", PROGRAMS)
@@ -334,11 +350,12 @@ def test_an_evaluation_by_two_processes_is_that_of_one(framework, data, finished
 @pytest.mark.slow
 def test_the_score_after_training_on_two_processes_is_that_of_its_file(data, tmp_path, capsys):
     """Its BatchNorm statistics are one process's: they are the same for all in an evaluation."""
-    done = torchrun("semantic_fpn", data, tmp_path, "--steps", 3)
+    done = torchrun("semantic_fpn", data, tmp_path, "--mosaics", 64, "--lr", 1e-2)
     assert done.returncode == 0, done.stderr
-    segmentation.main(["--output", str(tmp_path), "--init", str(tmp_path / "last.pt"), "--eval"])
-    last = log_of(tmp_path)[-1]["score"]
-    assert f"one scale: mean IoU {last:.1f} %" in capsys.readouterr().out
+    args, state = dense.parse_args(segmentation, ["--output", str(tmp_path), "--init", str(tmp_path / "last.pt"), "--eval"])
+    model = dense.build_model(segmentation, args, state, state["classes"])
+    score, _ = dense.evaluate(segmentation, model, segmentation.load_data(args, "val"), args)
+    assert log_of(tmp_path)[-1]["score"] == pytest.approx(score, abs=1e-6)
 
 
 # ---------------------------------------------------------------------------- refused in one line
