@@ -186,10 +186,11 @@ def test_checkpointing_changes_no_loss(data, finished, tmp_path):
     assert losses_of(tmp_path) == pytest.approx(losses_of(finished("semantic_fpn")), rel=1e-5)
 
 
-@pytest.mark.parametrize("framework", ["mask_rcnn", "upernet"])
-def test_bf16_changes_losses_a_little(framework, data, finished, tmp_path):
+@pytest.mark.parametrize("framework, close", [("retinanet", 0.1), ("upernet", 0.1), ("mask_rcnn", 0.3)])
+def test_bf16_changes_losses_a_little(framework, close, data, finished, tmp_path):
+    """More in Mask R-CNN, whose eight proposals are then others."""
     run(framework, data, tmp_path, "--bf16")
-    assert losses_of(tmp_path)[0] == pytest.approx(losses_of(finished(framework))[0], rel=0.1)
+    assert losses_of(tmp_path)[0] == pytest.approx(losses_of(finished(framework))[0], rel=close)
     assert losses_of(tmp_path) != losses_of(finished(framework))
 
 
