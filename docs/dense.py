@@ -323,21 +323,20 @@ def predict(program, model, run, args):
         say(f"{path!a}: {str(file)!a}")
 
 
-def show(program, model, dataset, file, height=480):
+def show(program, model, dataset, file, width=360):
     """A picture of the first images: truth above prediction."""
-    rows = []
+    rows = [[], []]
     for i in range(min(6, len(dataset))):
         image, truth = dataset[i, i]
-        drawn = (program.draw(image, truth, dataset.classes),
-                 program.draw(image, program.find(model, image), dataset.classes))
-        width = max(1, round(drawn[0].width * height / drawn[0].height))
-        rows.append([picture.resize((width, height)) for picture in drawn])
-    sheet = Image.new("RGB", (sum(upper.width for upper, _ in rows), 2 * height + 8))
-    x = 0
-    for upper, lower in rows:
-        sheet.paste(upper, (x, 0))
-        sheet.paste(lower, (x, height + 8))
-        x += upper.width
+        for row, found in zip(rows, (truth, program.find(model, image))):
+            picture = program.draw(image, found, dataset.classes)
+            height = max(1, round(picture.height * width / picture.width))
+            row.append(picture.resize((width, height)))
+    heights = [max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (width * len(rows[0]), sum(heights) + 8), "white")
+    for row, y in zip(rows, (0, heights[0] + 8)):
+        for i, picture in enumerate(row):
+            sheet.paste(picture, (width * i, y))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     say(f"truth above prediction: {str(file)!a}")
