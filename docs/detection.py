@@ -1,36 +1,96 @@
-"""RetinaNet and Mask R-CNN on ScalableViT (Table 3 of the paper), from torchvision.  Needs pip install '.[detection]'
+"""RetinaNet and Mask R-CNN on ScalableViT (Table 3).  Needs pip install '.[detection]'
 
-    python docs/detection.py                        train a small Mask R-CNN on synthetic scenes, print its AP
-    python docs/detection.py --data DIR --model s --init published.pth          the paper's run, on one GPU
+    python docs/detection.py                        a small Mask R-CNN on mosaics of digits
+    python docs/detection.py --data DIR             on mosaics of images of DIR/{train,val}/CLASS/*
+    torchrun --nproc_per_node=8 docs/detection.py --data COCO --model s --init published.pth
+    python docs/detection.py --predict photo.jpg    writes photo.detection.png
 
-DIR is a COCO folder: train2017/, val2017/ and annotations/instances_{train,val}2017.json.  Optimizer and schedule
-default to Appendix C's; new layers have torchvision's initialization; torchvision normalizes the images.  A stopped run
-cannot be resumed, and a run replaces the files of an earlier one in --output.
+COCO is a folder with {train,val}2017/ and annotations/instances_{train,val}2017.json.  The third
+line is the paper's run, 8 x 2 images; one GPU takes 8 x 2 one after the other.  For the backward
+pass S keeps 4.81 GiB per image of 800 x 1344 in float32, 0.23 GiB with --checkpointing.  New layers
+have torchvision's initialization.  In Python:
+
+    model, classes = detection.load_model("runs/mask_rcnn/best.pt")
+    image = detection.open_image("photo.jpg")
+    detection.draw(image, detection.find(model, image), classes).save("found.png")
 """
 import contextlib
-import copy
+import functools
 import io
 import pathlib
-import tempfile
+import sys
 
+import dense
 import numpy as np
 import torch
+from dense_data import Coco, objects_of
+from dense import DEVICE, RANK, WORLD_SIZE, open_image  # noqa: F401
+from PIL import ImageDraw
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torchvision import ops, utils
 from torchvision.models.detection import MaskRCNN, RetinaNet, faster_rcnn, mask_rcnn as heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.transforms import v2
 
-import dense
+CHOICES = {"framework": ["mask_rcnn", "retinanet"], "schedule": ["1x", "3x"],
+           "model": ["tiny", "s", "b", "l"]}
+SETTINGS = dict(             # Appendix C, Mask R-CNN, 1x
+    epochs=12,
+    warmup_steps=500,
+    batch_size=2,            # images per process and backward pass
+    accum=max(1, 8 // WORLD_SIZE),   # backward passes per step: 16 images
+    lr=2e-4,                 # Table 8's, for 16 images per step; scaled linearly with their number
+    weight_decay=1e-4,       # Table 8
+    size=800,                # shorter side of an image; the longer is at most 5/3 of it
+    min_size=800,            # smallest shorter side in training
+    width=256,               # channels of the pyramid and the heads
+    anchor=32,               # side of the smallest anchor in pixels
+    proposals=2000,          # of Mask R-CNN's first stage
+    mosaics=800,             # in an epoch, always fresh ones
+    seed=0,
+)
+MOSAIC = dict(epochs=8, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=80, min_size=80,
+              width=48, anchor=16, proposals=200, mosaics=320)
+FALLS = {"1x": (8 / 12, 11 / 12), "3x": (27 / 36, 33 / 36)}         # when the rate drops to a tenth
+FOLDER = "annotations"
+SURE = 0.5                                                          # the lowest score that is shown
 
-SCHEDULES = {"1x": (12, (8 / 12, 11 / 12), (800,)),                  # epochs; fractions of them after which the rate
-             "3x": (36, (27 / 36, 33 / 36), tuple(range(480, 801)))}         # drops to a tenth; shorter sides of images
-TABLE_8 = {("retinanet", "1x"): (1e-4, 1e-4), ("retinanet", "3x"): (1e-4, 5e-2),        # learning rate, weight decay
-           ("mask_rcnn", "1x"): (2e-4, 1e-4), ("mask_rcnn", "3x"): (1e-4, 5e-2)}
+
+def recipe(known):
+    """The settings for a framework, a schedule and a kind of data."""
+    chosen = dict(SETTINGS)
+    if known["framework"] == "retinanet":
+        chosen.update(lr=1e-4)
+    if known["schedule"] == "3x":
+        chosen.update(epochs=36, lr=1e-4, weight_decay=5e-2, min_size=480)
+    if dense.is_mosaic(known["data"]):
+        chosen.update(MOSAIC)
+    return chosen
 
 
+def schedule(args):
+    """Steps in all, and between evaluations."""
+    return args.epochs * args.steps_per_epoch, args.steps_per_epoch
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a tenth of it after each fall."""
+    peak = args.lr * args.step_size / 16
+    falls = sum(step >= fall * args.total for fall in FALLS[args.schedule])
+    return peak * min(1, (step + 1) / max(1, args.warmup_steps)) * 0.1 ** falls
+
+
+def load_data(args, split):
+    if dense.is_mosaic(args.data):
+        return dense.mosaics(args, split, objects_of)
+    return Coco(pathlib.Path(args.data), split, args.framework == "mask_rcnn")
+
+
+# ---------------------------------------------------------------------------- networks
 class Pyramid(torch.nn.Module):
-    """Feature pyramid on the backbone's maps from index `first`: images -> {"0": (B, width, ⌈H/s⌉, ⌈W/s⌉), ...}."""
+    """Feature pyramid on the maps from index `first`: {"0": (B, width, ⌈H/s⌉, ⌈W/s⌉), ...}."""
 
     def __init__(self, backbone, first, width, extra):
         super().__init__()
@@ -43,108 +103,155 @@ class Pyramid(torch.nn.Module):
 
 
 def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
-    """torchvision's RetinaNet on strides 8 to 128; as in Table 3, P6 comes from the backbone's last map, P7 from P6.
+    """torchvision's RetinaNet on strides 8 to 128; as in Table 3, P6 comes from the last map.
 
-    num_classes includes the background, as in torchvision; `anchor` is the side of the smallest anchor in pixels.
+    num_classes includes the background; `anchor` is the side of the smallest anchor in pixels.
     """
-    sides = tuple(tuple(anchor * 2 ** (i + j / 3) for j in range(3)) for i in range(5))
-    return RetinaNet(Pyramid(backbone, 1, width, LastLevelP6P7(backbone.num_features, width)), num_classes,
-                     anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5), **kwargs)
+    sides = []
+    for i in range(5):
+        sides.append(tuple(anchor * 2 ** (i + j / 3) for j in range(3)))
+    pyramid = Pyramid(backbone, 1, width, LastLevelP6P7(backbone.num_features, width))
+    anchors = AnchorGenerator(tuple(sides), ((0.5, 1.0, 2.0),) * 5)
+    return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **kwargs)
 
 
 def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
-    """torchvision's Mask R-CNN on strides 4 to 64.  Arguments as above; width 256 gives the standard heads."""
-    anchors = AnchorGenerator(tuple((anchor * 2 ** i,) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
-    return MaskRCNN(Pyramid(backbone, 0, width, LastLevelMaxPool()), rpn_anchor_generator=anchors,
-                    box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
-                    box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
-                    mask_head=heads.MaskRCNNHeads(width, (width,) * 4, 1),
-                    mask_predictor=heads.MaskRCNNPredictor(width, width, num_classes), **kwargs)
+    """torchvision's Mask R-CNN on strides 4 to 64.  Width 256 gives the standard heads."""
+    sides = tuple((anchor * 2 ** i,) for i in range(5))
+    return MaskRCNN(
+        Pyramid(backbone, 0, width, LastLevelMaxPool()),
+        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5),
+        box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
+        box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
+        mask_head=heads.MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=heads.MaskRCNNPredictor(width, width, num_classes), **kwargs)
 
 
-def loss(model, images, targets):
+def build(backbone, num_classes, args):
+    """The framework for num_classes classes besides the background."""
+    kwargs = dict(width=args.width, anchor=args.anchor, max_size=args.size * 1333 // 800)
+    kwargs["min_size"] = tuple(range(min(args.min_size, args.size), args.size + 1))
+    if args.framework == "retinanet":
+        return retinanet(backbone, num_classes + 1, **kwargs)
+    in_test = max(1, args.proposals // 2)
+    return mask_rcnn(
+        backbone, num_classes + 1, **kwargs, box_batch_size_per_image=min(512, in_test),
+        rpn_pre_nms_top_n_train=args.proposals, rpn_post_nms_top_n_train=args.proposals,
+        rpn_pre_nms_top_n_test=in_test, rpn_post_nms_top_n_test=in_test)
+
+
+def scaled(image):
+    return image.to(DEVICE).float() / 255                           # torchvision normalizes
+
+
+def collate(batch):
+    return tuple(zip(*batch))
+
+
+def loss(net, images, targets):
     """Sum of the losses that torchvision computes."""
-    targets = [{k: v.to(dense.DEVICE) for k, v in target.items() if k != "image_id"} for target in targets]
-    return sum(model([image.to(dense.DEVICE) for image in images], targets).values())
+    used = ("boxes", "labels", "masks")
+    moved = []
+    for target in targets:
+        moved.append({name: target[name].to(DEVICE) for name in used if name in target})
+    return sum(net([scaled(image) for image in images], moved).values())
 
 
+# ---------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def detect(model, image):
-    """Detections in one image (3, H, W), on the CPU: boxes, labels, scores and, for Mask R-CNN, masks."""
-    return {name: found.cpu() for name, found in model.eval()([image.to(dense.DEVICE)])[0].items()}
+def find(model, image):
+    """Objects in an image (3, H, W) uint8, on the CPU: boxes, labels, scores and perhaps masks."""
+    found = model.eval()([scaled(image)])[0]
+    found = {name: value.cpu() for name, value in found.items()}
+    if "masks" in found:
+        found["masks"] = found["masks"][:, 0] > 0.5                 # (n, H, W)
+    return found
 
 
-def evaluate(model, dataset):
-    """AP and AP50 in %, rounded to one decimal, from pycocotools: {"bbox": (AP, AP50)}, and "segm" for masks."""
-    from pycocotools import cocoeval, mask
-    results = []
-    for image, target in dataset:
-        found = detect(model, image)
-        for i, box in enumerate(ops.box_convert(found["boxes"], "xyxy", "xywh").tolist()):
-            results.append({"image_id": target["image_id"], "category_id": found["labels"][i].item(), "bbox": box,
-                            "score": found["scores"][i].item()})
-            if "masks" in found:
-                results[-1]["segmentation"] = mask.encode(np.asfortranarray(found["masks"][i, 0] > 0.5, np.uint8))
-    kinds = ("bbox", "segm") if "masks" in found else ("bbox",)
-    if not results:
-        return {kind: (0.0, 0.0) for kind in kinds}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = copy.deepcopy(dataset.coco)                         # pycocotools modifies its masks
-        scores = [cocoeval.COCOeval(truth, truth.loadRes(results), kind) for kind in kinds]
-        for score in scores:
-            score.evaluate(), score.accumulate(), score.summarize()
-    return {kind: tuple((100 * score.stats[:2]).round(1).tolist()) for kind, score in zip(kinds, scores)}
+def entries(image_id, objects):
+    """Objects as COCO's annotations."""
+    listed = []
+    boxes = ops.box_convert(torch.as_tensor(objects["boxes"]), "xyxy", "xywh")
+    for i, box in enumerate(boxes.tolist()):
+        entry = dict(image_id=image_id, category_id=objects["labels"][i].item(), bbox=box)
+        for theirs, ours in (("score", "scores"), ("iscrowd", "iscrowd"), ("area", "area")):
+            if ours in objects:
+                entry[theirs] = objects[ours][i].item()
+        if "masks" in objects:
+            mask = np.asfortranarray(objects["masks"][i], np.uint8)
+            entry["segmentation"] = rle.encode(mask)
+        listed.append(entry)
+    return listed
 
 
-def picture(model, dataset, file, n=6):
-    """As in Figure 5: the first n images with boxes and masks of scores above 0.5, colored by class."""
-    shown, colors = [], ("red", "lime", "cyan", "yellow", "magenta", "orange")
-    for i in range(min(n, len(dataset))):
-        image, found = dataset[i][0], detect(model, dataset[i][0])
-        sure = found["scores"] > 0.5
-        paint = [colors[label % len(colors)] for label in found["labels"][sure].tolist()]
-        if paint and "masks" in found:
-            image = utils.draw_segmentation_masks(image, found["masks"][sure, 0] > 0.5, alpha=0.5, colors=paint)
-        if paint:
-            image = utils.draw_bounding_boxes(image, found["boxes"][sure], colors=paint)
-        shown.append(v2.functional.resize(image, [256]))            # (3, 256, W)
-    utils.save_image(torch.cat(shown, dim=2), file)
+def average_precision(images, truth, found, kind):
+    """AP and AP50 in %, from pycocotools; `kind` is "bbox" or "segm"."""
+    if not found:
+        return 0.0, 0.0
+    labels = {entry["category_id"] for entry in truth}
+    for i, entry in enumerate(truth, 1):
+        entry["id"] = i
+    coco = COCO()
+    coco.dataset = dict(info={}, images=images, annotations=truth,
+                        categories=[dict(id=label) for label in sorted(labels)])
+    with contextlib.redirect_stdout(io.StringIO()):                 # it prints
+        coco.createIndex()
+        score = COCOeval(coco, coco.loadRes(found), kind)
+        score.evaluate()
+        score.accumulate()
+        score.summarize()
+    return tuple((100 * score.stats[:2]).tolist())
 
 
-def run(args, **kwargs):
-    """Train on args.data, evaluate before and after, and save a picture; kwargs go to the framework."""
-    epochs, falls, sides = SCHEDULES[args.schedule]
-    epochs, sides = args.epochs or epochs, (args.size,) if args.size else sides
-    lr, weight_decay = TABLE_8[args.framework, args.schedule]
-    training, held_out = dense.coco(args.data, "train"), dense.coco(args.data, "val")
-    steps = epochs * max(1, len(training) // args.batch_size)
-    make = {"mask_rcnn": mask_rcnn, "retinanet": retinanet}[args.framework]
-    model = make(dense.pretrained(args.model, args.init), max(training.coco.cats) + 1, min_size=sides,
-                 max_size=sides[-1] * 1333 // 800, **kwargs).to(dense.DEVICE)
-    print("AP and AP50, untrained:", evaluate(model, held_out), flush=True)
-    batches = dense.batches(training, args.batch_size, args.workers, lambda batch: tuple(zip(*batch)))
-    dense.train(model, loss, batches, steps, dense.multi_step(steps, falls), args.lr or lr, weight_decay,
-                lambda: dense.save(model, args.output / f"{args.framework}.pt"))
-    print("AP and AP50, trained:", evaluate(model, held_out), flush=True)
-    picture(model, held_out, args.output / f"{args.framework}.png")
+def evaluate(model, dataset, args):
+    """AP of boxes or, if there are any, masks; and a line that says more."""
+    mine = [[], [], []]                                             # images, truth, found
+    for i, (image, target) in enumerate(dense.share(dataset, args)):
+        number = RANK + i * WORLD_SIZE + 1
+        mine[0].append(dict(id=number, height=image.shape[1], width=image.shape[2]))
+        mine[1].extend(entries(number, target))
+        mine[2].extend(entries(number, find(model, image)))
+    everyone = [mine]
+    if WORLD_SIZE > 1:
+        everyone = [None] * WORLD_SIZE
+        torch.distributed.all_gather_object(everyone, mine)
+    joined = [sum(lists, []) for lists in zip(*everyone)]
+    parts = []
+    for kind in ("bbox", "segm") if args.framework == "mask_rcnn" else ("bbox",):
+        ap, ap50 = average_precision(*joined, kind)
+        parts.append(f"{kind} AP {ap:.1f} %, AP50 {ap50:.1f} %")
+    return ap, "; ".join(parts)
 
 
-def main():
-    parser = dense.arguments("RetinaNet and Mask R-CNN on ScalableViT.", ["mask_rcnn", "retinanet"], "a COCO folder")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="1x")
-    parser.add_argument("--epochs", type=int, help="number of epochs (default: the schedule's)")
-    parser.add_argument("--size", type=int, help="shorter side of all images (default: the schedule's)")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    if args.data:
-        return run(args)
-    with tempfile.TemporaryDirectory() as folder:
-        args.data, args.epochs, args.size, args.batch_size, args.lr = pathlib.Path(folder), 6, 96, 8, 1e-3
-        dense.draw_coco(args.data, "train", 800, args.size)
-        dense.draw_coco(args.data, "val", 100, args.size)
-        run(args, width=48, anchor=16, box_batch_size_per_image=64, rpn_pre_nms_top_n_train=300,
-            rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100)
+# ---------------------------------------------------------------------------- pictures
+def draw(image, objects, classes):
+    """As in Figure 5: boxes, masks and names on an image (3, H, W) uint8; small ones enlarged."""
+    sure = objects.get("scores", torch.ones(len(objects["labels"]))) > SURE
+    labels = objects["labels"][sure].tolist()
+    paint = [dense.color(label) for label in labels]
+    if labels and "masks" in objects:
+        masks = torch.as_tensor(objects["masks"][sure]).bool()
+        image = utils.draw_segmentation_masks(image, masks, alpha=0.5, colors=paint)
+    picture, zoom = dense.enlarge(image)
+    for i, box in enumerate((zoom * objects["boxes"][sure]).tolist()):
+        ImageDraw.Draw(picture).rectangle(box, outline=paint[i], width=2)
+        text = classes[labels[i] - 1]
+        if "scores" in objects:
+            text += f" {objects['scores'][sure][i]:.2f}"
+        dense.write(picture, (box[0] + 4, box[1] + 2), text)
+    return picture
 
+
+def describe(objects, classes):
+    """A line per object."""
+    for i in (objects["scores"] > SURE).nonzero()[:, 0].tolist():
+        box = [round(n) for n in objects["boxes"][i].tolist()]
+        name = classes[objects["labels"][i] - 1]
+        yield f"{name!a} {objects['scores'][i]:.2f}, box {box}"
+
+
+load_model = functools.partial(dense.load_model, sys.modules[__name__])
+main = functools.partial(dense.main, sys.modules[__name__])
 
 if __name__ == "__main__":
-    main()
+    dense.run_program(sys.modules[__name__])

@@ -1,180 +1,282 @@
-"""Semantic FPN and UperNet on ScalableViT (Table 4 of the paper): from four feature maps to a class for every pixel.
+"""Semantic FPN and UperNet on ScalableViT (Table 4): from four maps to a class for every pixel.
 
-    python docs/segmentation.py                     train both on synthetic shapes, print their mean IoU
-    python docs/segmentation.py --data DIR --framework upernet --model s --init published.pth       the paper's run
+    python docs/segmentation.py                     Semantic FPN on mosaics of digits
+    python docs/segmentation.py --data DIR          on mosaics of images of DIR/{train,val}/CLASS/*
+    torchrun --nproc_per_node=8 docs/segmentation.py --data ADE20K --framework upernet \\
+        --model s --init published.pth
+    python docs/segmentation.py --predict photo.jpg     writes photo.segmentation.png
 
-DIR is an ADE20K folder: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png, where 0 is
-unlabeled and 1 to 150 are the classes.  By default, optimizer, schedule, sizes and random crop are Appendix C's, which
-does not mention the horizontal flip.
+ADE20K is a folder with {images,annotations}/{training,validation}/ and objectInfo150.txt, a line
+per class.  A label is a PNG of 8 bits with one channel: 0 and 255 are none, then come the classes.
+The third line is the paper's run, 8 x 2 images; one GPU takes 8 x 2, one after the other, by
+default.  Appendix C does not mention the horizontal flip.  In Python:
+
+    model, classes = segmentation.load_model("runs/semantic_fpn/best.pt")
+    image = segmentation.open_image("photo.jpg")
+    segmentation.draw(image, segmentation.find(model, image), classes).save("found.png")
 """
-import itertools
-import time
-
-import torch
-import torch.nn.functional as F
-from torch import nn
+import functools
+import math
+import pathlib
+import sys
 
 import dense
+import torch
+import torch.nn.functional as F
+from dense_data import ADE20K, NONE, labels_of
+from dense import DEVICE, WORLD_SIZE, UserError, open_image  # noqa: F401
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.utils.data import default_collate as collate  # noqa: F401
+from torchvision import utils
+from torchvision.transforms.v2.functional import resize as resize_image
+from train_minimal import normalize
 
-TABLE_8 = {"semantic_fpn": (80_000, 0.9, 1e-4, 1e-4),               # steps, power of the schedule, learning rate,
-           "upernet": (160_000, 1.0, 6e-5, 1e-2)}                   # weight decay; the first two from Appendix C
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                           # for MS in Table 4 (Section 4.3)
+CHOICES = {"framework": ["semantic_fpn", "upernet"], "model": ["tiny", "s", "b", "l"]}
+SETTINGS = dict(             # Appendix C, Semantic FPN
+    steps=80_000,
+    power=0.9,               # of the polynomial decay of the learning rate
+    batch_size=2,            # images per process and backward pass
+    accum=max(1, 8 // WORLD_SIZE),   # backward passes per step: 16 images
+    lr=1e-4,                 # Table 8's, for 16 images per step; scaled linearly with their number
+    weight_decay=1e-4,       # Table 8
+    size=512,                # of crops, and of the shorter side; the longer is at most 4 times it
+    width=256,               # channels of the pyramid
+    mosaics=1600,            # in each epoch, always fresh ones
+    seed=0,
+)
+UPERNET = dict(SETTINGS, steps=160_000, power=1.0, lr=6e-5, weight_decay=1e-2, width=512)
+MOSAIC = dict(steps=450, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                          # for MS in Table 4 (4.3)
+FOLDER = "images/training"
 
 
+def recipe(known):
+    """The settings for a framework and a kind of data."""
+    chosen = UPERNET if known["framework"] == "upernet" else SETTINGS
+    return dict(chosen, **MOSAIC) if dense.is_mosaic(known["data"]) else chosen
+
+
+def schedule(args):
+    """Steps in all, and between evaluations."""
+    return args.steps, math.ceil(args.steps / 10)
+
+
+def learning_rate(step, args):
+    peak = args.lr * args.step_size / 16
+    return peak * (1 - step / args.total) ** args.power
+
+
+def load_data(args, split):
+    if args.batch_size < 2:
+        raise UserError("batch normalization needs two images or more: --batch-size 2")
+    if not dense.is_mosaic(args.data):
+        folder = {"train": "training", "val": "validation"}[split]
+        return ADE20K(pathlib.Path(args.data), folder, args.size)
+    mosaics = dense.mosaics(args, split, labels_of)
+    mosaics.classes = ["background", *mosaics.classes]
+    return mosaics
+
+
+# ---------------------------------------------------------------------------- networks
 def conv(C_in, C_out, kernel_size=3):
     """Convolution, batch norm, ReLU; keeps the size."""
-    return nn.Sequential(nn.Conv2d(C_in, C_out, kernel_size, padding=kernel_size // 2, bias=False),
-                         nn.BatchNorm2d(C_out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(C_in, C_out, kernel_size, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(C_out), nn.ReLU())
 
 
 def resize(x, like):
-    """Resize x (B, C, h, w) to the size of `like` (…, H, W)."""
+    """Resize x (B, C, h, w) to the size of `like` (..., H, W)."""
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear")
 
 
 class SemanticFPN(nn.Module):
-    """Panoptic Feature Pyramid Networks (Kirillov et al., 2019): images (B, 3, H, W) -> logits (B, classes, H, W).
+    """Panoptic FPN (Kirillov et al., 2019): images (B, 3, H, W) -> logits (B, classes, H, W)."""
 
-    The backbone is a `ScalableViT` with num_classes=0; only `forward_features` and the stages' widths are used.
-    """
-
-    def __init__(self, backbone, num_classes=150, width=256, head=128):
+    def __init__(self, backbone, num_classes=150, width=256):
         super().__init__()
         self.backbone = backbone
-        channels = backbone.channels
-        self.lateral = nn.ModuleList(nn.Conv2d(C, width, 1) for C in channels)
-        self.smooth = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
-        self.scale = nn.ModuleList(                                # level i: i times convolution and 2x upsampling
-            nn.ModuleList(conv(head if j else width, head) for j in range(max(i, 1))) for i in range(len(channels)))
+        head = width // 2
+        self.lateral = nn.ModuleList()
+        self.smooth = nn.ModuleList()
+        self.scale = nn.ModuleList()
+        for i, C in enumerate(backbone.channels):
+            self.lateral.append(nn.Conv2d(C, width, 1))
+            self.smooth.append(nn.Conv2d(width, width, 3, padding=1))
+            layers = [conv(width, head)]
+            for _ in range(1, i):                                   # i times conv and 2x up
+                layers.append(conv(head, head))
+            self.scale.append(nn.ModuleList(layers))
         self.classify = nn.Conv2d(head, num_classes, 1)
 
     def forward(self, images):
-        pyramid = [lateral(m) for lateral, m in zip(self.lateral, self.backbone.forward_features(images))]
-        for i in range(len(pyramid) - 1, 0, -1):                                        # (B, 256, ⌈H/s⌉, ⌈W/s⌉) each
-            pyramid[i - 1] = pyramid[i - 1] + F.interpolate(pyramid[i], size=pyramid[i - 1].shape[2:])
+        maps = self.backbone.forward_features(images)
+        pyramid = [lateral(m) for lateral, m in zip(self.lateral, maps)]
+        for i in reversed(range(1, len(pyramid))):                  # (B, width, ⌈H/s⌉, ⌈W/s⌉) each
+            above = F.interpolate(pyramid[i], size=pyramid[i - 1].shape[2:])
+            pyramid[i - 1] = pyramid[i - 1] + above
         total = 0
-        for i, (smooth, layers) in enumerate(zip(self.smooth, self.scale)):
-            x = smooth(pyramid[i])
+        for i, layers in enumerate(self.scale):
+            x = self.smooth[i](pyramid[i])
             for j, layer in enumerate(layers):
                 x = layer(x)
                 if i > 0:
                     x = resize(x, pyramid[i - 1 - j])
-            total = total + x                                                           # (B, 128, ⌈H/4⌉, ⌈W/4⌉)
+            total = total + x                                       # (B, width / 2, ⌈H/4⌉, ⌈W/4⌉)
         return resize(self.classify(total), images)
 
 
 class UperNet(nn.Module):
-    """Unified Perceptual Parsing (Xiao et al., 2018) as in MMSegmentation: images -> logits (B, classes, H, W).
+    """Unified Perceptual Parsing (Xiao et al., 2018), as in MMSegmentation: images -> logits.
 
-    A feature pyramid on top of pyramid pooling (1, 2, 3 and 6 bins per side) of the last map; its levels are fused.  In
-    training it also returns the logits of an auxiliary FCN head on the second-to-last map, weighted 0.4 in the loss.
+    A feature pyramid on pyramid pooling (1, 2, 3 and 6 bins a side) of the last map; its levels are
+    fused.  In training it also returns the logits of an auxiliary head on the third map.
     """
 
-    def __init__(self, backbone, num_classes=150, width=512, head=256, bins=(1, 2, 3, 6)):
+    def __init__(self, backbone, num_classes=150, width=512, bins=(1, 2, 3, 6)):
         super().__init__()
         self.backbone = backbone
         channels = backbone.channels
-        self.pool = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(channels[-1], width, 1)) for n in bins)
-        self.bottleneck = conv(channels[-1] + len(bins) * width, width)
+        head, last = width // 2, channels[-1]
+        self.pool = nn.ModuleList()
+        for n in bins:
+            pool = nn.AdaptiveAvgPool2d(n)
+            self.pool.append(nn.Sequential(pool, conv(last, width, 1)))
+        self.bottleneck = conv(last + len(bins) * width, width)
         self.lateral = nn.ModuleList(conv(C, width, 1) for C in channels[:-1])
         self.smooth = nn.ModuleList(conv(width, width) for _ in channels[:-1])
         self.join = conv(len(channels) * width, width)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
-        self.auxiliary = nn.Sequential(conv(channels[-2], head), nn.Dropout2d(0.1), nn.Conv2d(head, num_classes, 1))
+        self.auxiliary = nn.Sequential(
+            conv(channels[-2], head), nn.Dropout2d(0.1), nn.Conv2d(head, num_classes, 1))
 
     def forward(self, images):
-        maps = self.backbone.forward_features(images)                                   # (B, C_i, ⌈H/s⌉, ⌈W/s⌉)
-        pooled = [resize(pool(maps[-1]), maps[-1]) for pool in self.pool]               # (B, 512, ⌈H/32⌉, ⌈W/32⌉) each
+        maps = self.backbone.forward_features(images)               # (B, C_i, ⌈H/s⌉, ⌈W/s⌉) each
+        last = maps[-1]
+        pooled = [resize(pool(last), last) for pool in self.pool]
         pyramid = [lateral(m) for lateral, m in zip(self.lateral, maps)]
-        pyramid.append(self.bottleneck(torch.cat([maps[-1], *pooled], dim=1)))
-        for i in range(len(pyramid) - 1, 0, -1):                                        # (B, 512, ⌈H/s⌉, ⌈W/s⌉) each
-            pyramid[i - 1] = pyramid[i - 1] + resize(pyramid[i], pyramid[i - 1])
-        levels = [smooth(level) for smooth, level in zip(self.smooth, pyramid)] + pyramid[-1:]
-        joined = self.join(torch.cat([resize(level, levels[0]) for level in levels], dim=1))
+        together = torch.cat([last, *pooled], dim=1)
+        pyramid.append(self.bottleneck(together))
+        for i in reversed(range(1, len(pyramid))):                  # (B, width, ⌈H/s⌉, ⌈W/s⌉) each
+            above = resize(pyramid[i], pyramid[i - 1])
+            pyramid[i - 1] = pyramid[i - 1] + above
+        levels = [smooth(level) for smooth, level in zip(self.smooth, pyramid)]
+        levels.append(pyramid[-1])
+        same = [resize(level, levels[0]) for level in levels]
+        joined = self.join(torch.cat(same, dim=1))                  # (B, width, ⌈H/4⌉, ⌈W/4⌉)
         logits = resize(self.classify(joined), images)
-        return (logits, resize(self.auxiliary(maps[-2]), images)) if self.training else logits
+        if not self.training:
+            return logits
+        return logits, resize(self.auxiliary(maps[-2]), images)
 
 
-@torch.no_grad()
-def multi_scale(model, images, scales=SCALES):
-    """Multi-scale testing (MS): probabilities (B, classes, H, W), averaged over scales and horizontal flips."""
-    total = 0
-    for scale in scales:
-        scaled = F.interpolate(images, size=[max(1, round(n * scale)) for n in images.shape[2:]], mode="bilinear")
-        total = total + resize(model(scaled), images).softmax(dim=1)
-        total = total + resize(model(scaled.flip(3)).flip(3), images).softmax(dim=1)
-    return total / (2 * len(scales))
+def build(backbone, num_classes, args):
+    framework = UperNet if args.framework == "upernet" else SemanticFPN
+    return framework(backbone, num_classes, args.width)
 
 
-def drawn(n=16):
-    """Endless batches (images, labels) of synthetic shapes."""
-    while True:
-        yield dense.draw(n)[:2]
-
-
-def loss(model, images, labels):
+def loss(net, images, labels):
     """Cross-entropy; auxiliary logits have weight 0.4."""
-    outputs = model(images.to(dense.DEVICE))
-    losses = [F.cross_entropy(logits, labels.to(dense.DEVICE), ignore_index=255)
-              for logits in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    labels = labels.to(DEVICE)
+    outputs = net(normalize(images))
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    losses = [F.cross_entropy(logits, labels, ignore_index=NONE) for logits in outputs]
     return losses[0] + 0.4 * sum(losses[1:])
 
 
-def train(model, steps, batches=None, power=0.9, lr=1e-3, weight_decay=1e-4, report=None):
-    """Train with polynomial learning rate decay (Appendix C), on synthetic shapes if no batches are given."""
-    return dense.train(model, loss, batches or drawn(), steps, dense.polynomial(steps, power), lr, weight_decay,
-                       report)
+# ---------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def multi_scale(model, images, scales=SCALES):
+    """MS: probabilities (B, classes, H, W), averaged over scales and horizontal flips."""
+    total = 0
+    for scale in scales:
+        size = [max(1, round(n * scale)) for n in images.shape[2:]]
+        scaled = F.interpolate(images, size=size, mode="bilinear")
+        plain = model(scaled)
+        flipped = model(scaled.flip(3)).flip(3)
+        for logits in (plain, flipped):
+            total = total + resize(logits, images).softmax(dim=1)
+    return total / (2 * len(scales))
 
 
 @torch.no_grad()
-def mean_iou(predict, batches, classes=4):
-    """Mean intersection over union of the classes, in %.
+def mean_iou(predict, batches, classes):
+    """Mean intersection over union of the classes that occur, and accuracy of the pixels, in %.
 
-    predict maps images to logits or probabilities; batches are (images, labels), where labels of 255 are ignored.
+    predict maps images to logits or probabilities; batches are (images, labels), labels any
+    integers, of which those outside 0 ... classes - 1 are ignored.
     """
-    counts = torch.zeros(classes, classes, dtype=torch.long)
+    counts = torch.zeros(classes, classes, dtype=torch.long, device=DEVICE)
     for images, labels in batches:
-        found = resize(predict(images), labels).argmax(1).cpu()
-        pairs = (classes * labels + found)[labels < classes]
-        counts += torch.bincount(pairs, minlength=classes ** 2).view(classes, classes)
-    return 100 * (counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())).nanmean().item()
+        labels = labels.long().to(DEVICE)
+        found = resize(predict(images), labels).argmax(1)
+        known = (labels >= 0) & (labels < classes)
+        pairs = (classes * labels + found)[known]
+        counts += pairs.bincount(minlength=classes ** 2).view(classes, classes)
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(counts)
+    right = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - right
+    iou = (right / union).nanmean()
+    pixels = right.sum() / counts.sum()
+    return 100 * iou.item(), 100 * pixels.item()
 
 
-FRAMEWORKS = {"semantic_fpn": SemanticFPN, "upernet": UperNet}
+def evaluate(model, dataset, args):
+    """Mean IoU, and a line that says more; with --eval also for MS."""
+    predictors = {"one scale": model}
+    if args.eval:
+        predictors["MS"] = lambda images: multi_scale(model, images)
+    scores, parts = [], []
+    for name, predict in predictors.items():
+        items = dense.share(dataset, args)
+        pairs = ((normalize(image[None]), labels[None]) for image, labels in items)
+        iou, pixels = mean_iou(predict, pairs, len(dataset.classes))
+        scores.append(iou)
+        parts.append(f"{name}: mean IoU {iou:.1f} %, {pixels:.1f} % of pixels")
+    return scores[0], "; ".join(parts)
 
 
-def train_on_drawn(args):
-    """Train small versions of both frameworks; print their mean IoU on held-out shapes before and after."""
-    held_out = list(itertools.islice(drawn(32), 8))
-    for make in FRAMEWORKS.values():
-        model = make(dense.pretrained(args.model, args.init), 4, width=64, head=32).to(dense.DEVICE).eval()
-        untrained, start = mean_iou(model, held_out), time.time()
-        train(model, args.steps or 800)
-        seconds, trained = time.time() - start, mean_iou(model, held_out)
-        print(f"{make.__name__}: mean IoU {untrained:.1f} % untrained, {trained:.1f} % trained ({seconds:.0f} s), "
-              f"{mean_iou(lambda images: multi_scale(model, images), held_out):.1f} % MS", flush=True)
+# ---------------------------------------------------------------------------- pictures
+@torch.no_grad()
+def find(model, image):
+    """Class of each pixel (H, W) of an image (3, H, W) uint8, on the CPU."""
+    model.eval()
+    logits = model(normalize(image[None]))                          # (1, classes, H, W)
+    return logits.argmax(1)[0].cpu()
 
 
-def train_on_ade20k(args):
-    steps, power, lr, weight_decay = TABLE_8[args.framework]
-    training, validation = (dense.ADE20K(args.data, split, args.size) for split in ("training", "validation"))
-    model = FRAMEWORKS[args.framework](dense.pretrained(args.model, args.init)).to(dense.DEVICE)
-    batches = dense.batches(training, args.batch_size, args.workers)
-    train(model, args.steps or steps, batches, power, args.lr or lr, weight_decay,
-          lambda: dense.save(model, args.output / f"{args.framework}.pt"))
-    held_out = torch.utils.data.DataLoader(validation, num_workers=args.workers)
-    for name, predict in {"one scale": model, "MS": lambda images: multi_scale(model, images)}.items():
-        print(f"mean IoU, {name}: {mean_iou(lambda images: predict(images.to(dense.DEVICE)), held_out, 150):.1f} %")
+def draw(image, labels, classes):
+    """Colors over an image (3, H, W) uint8, with a legend below; small ones enlarged."""
+    found = [label for label in labels.unique().tolist() if label != NONE]
+    image = resize_image(image, list(labels.shape))                 # that ADE20K's labels keep
+    if found:
+        masks = torch.stack([labels == label for label in found])
+        paint = [dense.color(label) for label in found]
+        image = utils.draw_segmentation_masks(image, masks, alpha=0.5, colors=paint)
+    picture, _ = dense.enlarge(image)
+    height = picture.height + 20 * len(found)
+    sheet = Image.new("RGB", (picture.width, height), "white")
+    sheet.paste(picture)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for i, label in enumerate(found):
+        y = picture.height + 20 * i
+        pen.rectangle((3, y + 3, 17, y + 17), paint[i])
+        pen.text((24, y + 2), classes[label], "black", font)
+    return sheet
 
 
-def main():
-    parser = dense.arguments("Semantic FPN and UperNet on ScalableViT.", [*FRAMEWORKS], "an ADE20K folder")
-    parser.add_argument("--steps", type=int, help="training steps (default: Appendix C's)")
-    parser.add_argument("--size", type=int, default=512, help="of crops, and of the shorter side in validation")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    train_on_ade20k(args) if args.data else train_on_drawn(args)
+def describe(labels, classes):
+    """A line per class."""
+    for label in labels.unique().tolist():
+        part = (labels == label).float().mean().item()
+        yield f"{classes[label]!a} {100 * part:.1f} % of pixels"
 
+
+load_model = functools.partial(dense.load_model, sys.modules[__name__])
+main = functools.partial(dense.main, sys.modules[__name__])
 
 if __name__ == "__main__":
-    main()
+    dense.run_program(sys.modules[__name__])
