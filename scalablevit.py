@@ -74,7 +74,7 @@ def merge_heads(z):
 
 
 class SSA(nn.Module):
-    """Scalable Self-Attention: all tokens attend to N r_n cells of the map.
+    """Scalable Self-Attention: all tokens attend to N_rn = ⌈H/s⌉·⌈W/s⌉ cells of the map.
 
     Z' = Softmax(Q' K'^T / sqrt(d_k')) V',  d_k' = C r_c / heads                            (2)
     Q' = f_q(X): N x C',   K' = f_k(X): N_rn x C',   V' = f_v(X): N_rn x C                  (3)
@@ -87,8 +87,8 @@ class SSA(nn.Module):
 
     f_k and f_v share a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
     LayerNorm and GELU; each adds a linear layer.  (So the published code; the paper names no layers,
-    and by f_v(V) means f_v(X).)  Zeros complete the last cells: ordinary keys, as each holds a real
-    token.  If r_n = 1, nothing is reduced, C' = C, and r_c changes only the scale, as published.
+    and by f_v(V) means f_v(X).)  The last cells are filled up with zeros, unmasked: each holds a real
+    token.  If r_n = 1, Q' and K' keep C channels, and r_c enters only the scale, as published.
     MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which is true for a fixed
     number of keys.  With a fixed r_n it is r_n N² (C + C'): quadratic with a small constant.
     """
@@ -352,7 +352,7 @@ def check_arguments(in_chans, num_classes, dim, depths, heads, rc, rn, window, d
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
     for i, (h, r_c, r_n) in enumerate(zip(heads, rc, rn)):
-        if not r_n > 0 or abs(round(r_n ** -0.5) ** 2 * r_n - 1) > 1e-6:
+        if not 0 < r_n <= 1 or abs(round(r_n ** -0.5) ** 2 * r_n - 1) > 1e-6:
             raise ValueError(f"rn must be 1/integer² (1, 1/4, 1/9, 1/16, ...), got {r_n}")
         C = dim * 2 ** i
         scaled = int(C * r_c)                                       # C'
@@ -435,9 +435,9 @@ def load_model(file, **changes):
 
     `file` is from train_minimal.py, or published, or a state dict, also under "state_dict" or with
     "module." or "_orig_mod." before the names.  `changes` are arguments of `ScalableViT`; another
-    num_classes makes a fresh head, 0 none.  Without a "config", width tells tiny, S, B and L apart;
-    `changes` must say what else differs, for heads and window leave no trace in weights.  Weights
-    must be finite; float64 is kept, all else becomes float32.
+    num_classes makes a fresh head, 0 none.  A file without "config" is taken for tiny, S, B or L by
+    its width; if it is another network, `changes` must say so: wrong heads or window load without an
+    error.  Weights must be finite; float64 is kept, all else becomes float32.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):    # in some published files
@@ -456,14 +456,14 @@ def load_model(file, **changes):
         if first.dtype == torch.float64:
             model.double()
         model.load_state_dict(weights)
+        if changes.get("num_classes", classes) != classes:
+            model.reset_classifier(changes["num_classes"])
     except Exception as error:                  # PyTorch's name the keys and shapes that differ
         reasons = [line[:200] for line in str(error).splitlines()[:3]]
         raise ValueError(f"{str(file)!a} cannot be loaded: {type(error).__name__}: {reasons}")
-    for name, weight in weights.items():
+    for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"{str(file)!a} cannot be loaded: {name} is not finite")
-    if changes.get("num_classes", classes) != classes:
-        model.reset_classifier(changes["num_classes"])
     return model.eval()
 
 

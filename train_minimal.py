@@ -160,9 +160,10 @@ class Images(datasets.ImageFolder):
     """
 
     def __init__(self, root, transform):
-        super().__init__(root, transform, loader=load_image)
-        inside = len(str(root))
-        self.samples = [item for item in self.samples if os.sep + "." not in item[0][inside:]]
+        def shown(path):
+            return datasets.folder.is_image_file(path) and os.sep + "." not in path[len(str(root)):]
+
+        super().__init__(root, transform, loader=load_image, is_valid_file=shown)
 
     def find_classes(self, root):
         names = super().find_classes(root)[0]
@@ -285,7 +286,7 @@ def train_step(model, optimizer, batches, step, epoch, args):
         model.require_backward_grad_sync = i + 1 == args.accum      # DDP averages once per step
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
             loss = F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
-        loss = loss / args.accum
+        loss /= args.accum
         loss.backward()
         total += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad, error_if_nonfinite=True)
@@ -354,15 +355,14 @@ def check_run(run, steps, classes, args):
     if not steps:
         raise UserError("a step takes more images than there are: lower --batch-size or --accum")
     if run.get("steps", steps) != steps:
-        raise UserError(f"{str(args.output)!a} has {run['steps']} steps per epoch, not {steps}")
+        raise UserError(f"{str(args.output)!a} has {run['steps']} steps per epoch, not {steps}: another --output?")
 
 
 def train(model, optimizer, train_set, val_set, steps, run, args):
     """Go on from where the run stands; an epoch has `steps` steps."""
     start, total = run.get("step", 0), steps * args.epochs
     loss_sum, log = run.get("loss_sum", 0.0), run.get("log", [])    # of this epoch; of all epochs
-    say(f"{str(args.output)!a}: {len(train_set)} images of {len(train_set.classes)} classes, "
-        f"step {start} of {total}")
+    say(f"{str(args.output)!a}: {len(train_set)} images in {len(train_set.classes)} classes, step {start} of {total}")
     if start >= total:
         say("finished: more --epochs, or another --output")
     net = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
@@ -404,16 +404,16 @@ def main(argv=None):
     val_set = load_data(args, "val")
     classes = val_set.classes
     if run.get("classes", classes) != classes:
-        raise UserError(f"{str(args.init)!a} has other classes than the data")
+        raise UserError(f"{str(args.init)!a} has other classes than the data: another --output?")
     if args.eval:
+        network = build_model(args)
         if "classes" not in run:
-            say(f"{str(args.init)!a} names no classes; assumed: {classes!a:.100}")
-        return say(f"top-1 {evaluate(build_model(args), val_set, args):.2f} %")
+            say(f"{str(args.init)!a} names no classes; assumed for its {network.num_classes}: {classes!a:.100}")
+        return say(f"top-1 {evaluate(network, val_set, args):.2f} %")
 
     train_set = load_data(args, "train")
     if train_set.classes != classes:
-        raise UserError("classes in only one of train and val: "
-                        f"{sorted(set(classes) ^ set(train_set.classes))[:9]!a}")
+        raise UserError(f"classes in only one of train and val: {sorted(set(classes) ^ set(train_set.classes))[:9]!a}")
     steps = len(train_set) // args.step_size                        # per epoch
     check_run(run, steps, classes, args)
     torch.manual_seed(args.seed)
@@ -431,7 +431,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, ImportError) as error:  # the last line: workers add more
+    except (UserError, OSError, ImportError, KeyError) as error:  # the last line: workers add more
         print(f"train_minimal.py: {str(error).splitlines()[-1].encode('unicode_escape').decode()}",
               file=sys.stderr)
         sys.exit(2)

@@ -269,7 +269,7 @@ def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(c
     assert last["head.weight"].shape[0] == 2
     assert torch.allclose(last["head.weight"], weights["head.weight"][:2], atol=1e-3) == (classes == 2)
     printed = main("--init", "x.pt", "--data", data, "--size", 16, "--eval")
-    assert printed.startswith("'x.pt' names no classes; assumed: ['0', '1']\ntop-1 ")
+    assert printed.startswith(f"'x.pt' names no classes; assumed for its {classes}: ['0', '1']\ntop-1 ")
 
 
 class Trap:
