@@ -99,6 +99,6 @@ setup(
     extras_require={"train": ["torchvision", "pillow>=10.1"],           # 10.1: fonts of any size
                     "figures": ["matplotlib", "torchvision"],
                     "detection": ["torchvision", "pycocotools"],
-                    "test": ["pytest", "hypothesis", "torchvision", "pillow>=10.1", "matplotlib", "nbclient", "nbconvert",
+                    "test": ["pytest", "hypothesis", "torchvision", "pillow>=10.1", "matplotlib", "pycocotools", "nbclient", "nbconvert",
                              "ipykernel"]},
 )
