@@ -17,6 +17,7 @@ from PIL import Image
 
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
+pytestmark = pytest.mark.slow                                       # trainings: a minute in all
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 sys.path.insert(0, str(DOCS))
 

@@ -410,6 +410,7 @@ def train_on_one_rank(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_on_two_processes_equal_one(tmp_path):
     multiprocessing.spawn(train_on_one_rank, (str(tmp_path),), nprocs=2)
     model = small().double()
@@ -464,6 +465,7 @@ assert any("scaled_dot_product" in event.key for event in profile.key_averages()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("note", ["there is no C++ compiler c++", None])
 def test_without_the_compiled_part(tmp_path, note):
     """Installed without a compiler, or with a compiled part that cannot be loaded: attention is PyTorch's."""

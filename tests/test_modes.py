@@ -42,6 +42,7 @@ def test_trace():
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ALL_KINDS)
 def test_compile_in_one_graph(pattern):
     """fullgraph=True raises on graph breaks; the loss and all gradients stay the same."""
