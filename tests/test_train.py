@@ -342,7 +342,7 @@ def torchrun(*args, **environment):
         pathlib.Path(rank).mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dying.py", FILE]
     result = subprocess.run([*map(str, [*command, *args])], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     return result.returncode, result.stdout
 
 
@@ -392,7 +392,7 @@ def test_spawned_workers_without_fcntl_as_on_windows(finished, tmp_path):
     os.truncate("data/train/1/05.png", 200)
     for status in (2, 0):
         result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300,
-                                env=os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""})
+                                env=os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
         assert result.returncode == status, result.stderr
         assert ("cannot read" in result.stderr) == (status == 2)
         assert len(result.stderr.splitlines()) == status // 2
