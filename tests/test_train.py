@@ -354,7 +354,7 @@ def test_two_processes_go_on_after_a_kill_and_evaluate_exactly(data, tmp_path):
     assert printed.count("step 0 of 8") == 1                        # only one process prints
     assert "strides" not in printed
     assert torchrun(*args, "--output", parts, DIE="1")[0] != 0
-    assert load(parts / "last.pt")["step"] == 5
+    assert load(parts / "last.pt")["step"] in (4, 5)               # rank 0 may be ended before its save
     assert torchrun(*args, "--output", parts)[0] == 0
     assert_same(parts, whole)
     assert main("--eval", "--output", whole) == f"top-1 {max(e['top1'] for e in log_of(whole)):.2f} %\n"
