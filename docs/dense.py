@@ -70,6 +70,8 @@ def parse_args(program, argv=None):
     output = pathlib.Path(given.get("output", f"runs/{given.get('framework', known['framework'])}"))
     use = given.get("eval") or "predict" in given                   # rather than train
     weights = given.get("init", output / "best.pt") if use else output / "last.pt"
+    if not use and not weights.exists():                            # stopped in the first save
+        weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
     if (use or run) and saved.get("framework") not in program.CHOICES["framework"]:
@@ -226,10 +228,11 @@ def train(program, model, optimizer, train_set, val_set, run, args):
                 model=model.state_dict(), optimizer=optimizer.state_dict(), config=model.config,
                 settings=args.settings, classes=train_set.classes, steps=args.steps_per_epoch,
                 step=done, losses=losses, log=log)
-            if scored and score == max(entry["score"] for entry in log):
-                save(state, args.output / "best.pt")
+            if scored:
+                if score == max(entry["score"] for entry in log):
+                    save(state, args.output / "best.pt")
+                (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
             save(state, args.output / "last.pt")
-            (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
 
 
 def begin(program, val_set, run, args):

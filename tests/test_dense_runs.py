@@ -79,6 +79,15 @@ class Stop(BaseException):
     """As a signal: nothing catches it."""
 
 
+def stop_after(monkeypatch, step, last):
+    """End the program before the step that follows `last`."""
+    def stopping(program, net, optimizer, batches, number, args):
+        if number > last:
+            raise Stop
+        return step(program, net, optimizer, batches, number, args)
+    monkeypatch.setattr(dense, "train_step", stopping)
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "upernet")]
 
 
@@ -87,11 +96,7 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(framework, data, fin
     """Stopped in steps 2, 4 and 5; saved after every step, so that each goes on where it stopped."""
     step = dense.train_step
     for last in (1, 3, 4):
-        def stopping(program, net, optimizer, batches, number, args):
-            if number > last:
-                raise Stop
-            return step(program, net, optimizer, batches, number, args)
-        monkeypatch.setattr(dense, "train_step", stopping)
+        stop_after(monkeypatch, step, last)
         with pytest.raises(Stop):
             run(framework, data, tmp_path, "--save-every", 1)
         assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == last + 1
@@ -101,6 +106,30 @@ def test_a_run_stopped_three_times_ends_as_one_that_was_not(framework, data, fin
     assert log_of(tmp_path) == log_of(finished(framework))
     for name, weight in whole["model"].items():
         assert torch.equal(weight, pieces["model"][name]), name
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_run_stopped_while_it_saves_goes_on(number, data, finished, tmp_path, monkeypatch):
+    """Before its first last.pt only best.pt is there: it is gone on from, not replaced."""
+    saves = []
+
+    def stopping(state, file):
+        saves.append(file)
+        if len(saves) == number:
+            raise Stop
+        train_minimal.save(state, file)
+    monkeypatch.setattr(dense, "save", stopping)
+    with pytest.raises(Stop):
+        run("semantic_fpn", data, tmp_path)
+    monkeypatch.setattr(dense, "save", train_minimal.save)
+    before = (tmp_path / "best.pt").exists()
+    opened = []
+    monkeypatch.setattr(dense, "load", lambda file: opened.append(file.name) or train_minimal.load(file))
+    run("semantic_fpn", data, tmp_path)
+    if number == 2:
+        assert before
+        assert opened[0] == "best.pt"
+    assert log_of(tmp_path) == log_of(finished("semantic_fpn"))
 
 
 def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
@@ -278,11 +307,7 @@ def test_a_run_on_coco_that_is_killed_in_training_reads_the_rest_in_the_same_ord
             return loss(net, images, targets)
         monkeypatch.setattr(detection, "loss", recording)
         for last in stops:
-            def stopping(program, net, optimizer, batches, number, args):
-                if number > last:
-                    raise Stop
-                return step(program, net, optimizer, batches, number, args)
-            monkeypatch.setattr(dense, "train_step", stopping)
+            stop_after(monkeypatch, step, last)
             with pytest.raises(Stop):
                 run("retinanet", coco, tmp_path / name, "--batch-size", 1, "--accum", 1, "--save-every", 1)
             monkeypatch.setattr(dense, "train_step", step)
