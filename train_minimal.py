@@ -345,7 +345,7 @@ def save(state, file):
 
 
 def check_run(run, steps, classes, args):
-    """Refuse what would train wrongly: processes that differ, other data, a lost best.pt."""
+    """Refuse what would train wrongly: processes that differ, too few images, other data."""
     mine = [run.get("step"), steps, classes, args.settings]
     everyone = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -354,8 +354,8 @@ def check_run(run, steps, classes, args):
         raise UserError(f"processes differ in step, steps, classes or settings: {everyone!a:.500}")
     if not steps:
         raise UserError("a step takes more images than there are: lower --batch-size or --accum")
-    if run.get("steps", steps) != steps:
-        raise UserError(f"{str(args.output)!a} has {run['steps']} steps per epoch, not {steps}: another --output?")
+    if run and run.get("steps") != steps:
+        raise UserError(f"{str(args.output)!a} has {run.get('steps')} steps per epoch, not {steps}: another --output?")
 
 
 def train(model, optimizer, train_set, val_set, steps, run, args):
@@ -431,7 +431,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, ImportError, KeyError) as error:  # the last line: workers add more
+    except (UserError, OSError, ImportError) as error:  # the last line: workers add more
         print(f"train_minimal.py: {str(error).splitlines()[-1].encode('unicode_escape').decode()}",
               file=sys.stderr)
         sys.exit(2)

@@ -197,3 +197,13 @@ def test_a_linear_classifier_of_the_digits_stays_under_60_percent(tmp_path):
         guesses = (x_val @ torch.linalg.solve(x.T @ x + strength * torch.eye(768), targets)).argmax(1)
         print(strength, (guesses == labels[4000:]).double().mean().item())
         assert (guesses == labels[4000:]).double().mean() < 0.6
+
+
+def test_a_last_pt_that_is_no_run_is_refused_and_kept(tmp_path):
+    """Plain weights, copied to where a run's checkpoint would be."""
+    draw(tmp_path / "data")
+    torch.save(train.scalablevit.scalablevit_tiny(num_classes=2).state_dict(), "last.pt")
+    before = pathlib.Path("last.pt").read_bytes()
+    with pytest.raises(train.UserError, match="has None steps per epoch, not 4"):
+        train.main(["--data", "data", "--output", ".", "--size", "16", "--batch-size", "4"])
+    assert pathlib.Path("last.pt").read_bytes() == before
