@@ -154,7 +154,7 @@ class WSA(nn.Module):
     def attend(self, qkv, top=0, left=0):
         """qkv (B, H, W, 3C), with `top` rows and `left` columns of padding -> merged Z_n of (4)."""
         B, H, W, _ = qkv.shape
-        M = min(self.window, max(H, W))                             # a small map is one window
+        M = min(self.window, max(H, W))                             # small map: one square window
         qkv_n = window_partition(qkv, M).unflatten(2, (3, -1)).movedim(2, 0)    # (3, B·windows, M², C)
         q, k, v = split_heads(qkv_n, self.heads).contiguous()       # (B·windows, heads, M², d) each
         real = F.pad(qkv.new_ones(B, H - top, W - left, 1), (0, 0, left, 0, top, 0))
@@ -475,7 +475,7 @@ def count_macs(model, size):
     image = model.norm.weight.new_empty(1, model.config["in_chans"], *size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
-    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0) // 2
+    attention = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0) // 2   # Q K^T, A V
     return {"modules": counter.get_total_flops() // 2 - attention, "attention": attention}
 
 
