@@ -7,6 +7,4 @@ scalablevit.py does not depend on this package.
 """
 from .fuse import FusedIWSA, FusedSSA, devices, fuse, unfuse
 
-__all__ = [
-    "FusedIWSA", "FusedSSA", "devices", "fuse", "unfuse",
-]
+__all__ = ["FusedIWSA", "FusedSSA", "devices", "fuse", "unfuse"]

@@ -1,10 +1,8 @@
 """`fuse(model)` switches attention layers to faster subclasses that need less memory.
 
-    FusedIWSA   equations (4) and (5): one pass over memory on a CPU; on a GPU a kernel before
-                PyTorch's attention and one after
     FusedSSA    equation (2) by PyTorch's attention, which never writes the N x N_rn scores
-
-Without the compiled kernels FusedIWSA is PyTorch's attention, too.
+    FusedIWSA   equations (4) and (5): one pass over memory on a CPU; on a GPU a kernel before
+                PyTorch's attention and one after; without compiled kernels PyTorch's attention
 """
 from collections import defaultdict
 from pathlib import Path
@@ -31,15 +29,24 @@ BUILD = "pip install setuptools wheel ninja && pip install --no-build-isolation 
 
 
 # ---------------------------------------------------------------- the two layers
+SCORES_AT_ONCE = 2 ** 22                                # 8 MB in 16 bits, which fit in cache
+
+
 def attention(q, k, v, scale, mask=None):
     """scalablevit.attention by PyTorch's where it pays: on a GPU, and with many keys on a CPU.
 
-    q (…, n, d), k (…, m, d), v (…, m, d_v).  The limits are measured (docs/kernels.md): the scores
-    of few keys fit in cache, and plain matrix products of 16-bit numbers are faster.
+    q (…, n, d), k (…, m, d), v (…, m, d_v), mask (…, 1, m).  The limits are measured
+    (docs/kernels.md).  16-bit inference on a CPU is fastest as plain products, for some queries at
+    a time; its gradients would keep all scores.
     """
-    device, d, d_v = q.device.type, q.shape[-1], v.shape[-1]
-    many = 512 if q.element_size() == 2 else 128
-    if device == "cpu" and k.shape[-2] < many or device not in ("cpu", "cuda"):
+    device, d, d_v, m = q.device.type, q.shape[-1], v.shape[-1], k.shape[-2]
+    sixteen_bits = q.element_size() == 2
+    if device == "cpu" and sixteen_bits and not torch.is_grad_enabled():
+        queries = max(1, SCORES_AT_ONCE // max(1, q.shape[:-2].numel() * m))
+        z = [scalablevit.attention(q_n, k, v, scale, mask) for q_n in q.split(queries, dim=-2)]
+        return torch.cat(z, dim=-2)
+    many = 512 if sixteen_bits else 128
+    if device == "cpu" and m < many or device not in ("cpu", "cuda"):
         return scalablevit.attention(q, k, v, scale, mask)
     if device == "cpu" and d != d_v:                    # the fast kernel needs d = d_v: add zeros
         q = F.pad(q, (0, max(d_v - d, 0)))
@@ -132,8 +139,6 @@ def why_not(layer):
             return f"{name or 'it'} has a hook"
         if {"forward", "attend"} & set(vars(part)):
             return f"{name or 'it'} has a method of its own"
-    if layer._parameters or layer._buffers:
-        return "it has a parameter or buffer of its own"
     if any(p.is_meta for p in layer.parameters()):
         return "it is on the meta device: call fuse when it has weights"
     if cls is IWSA and not is_plain_lim(layer.lim):
