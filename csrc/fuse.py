@@ -35,9 +35,8 @@ SCORES_AT_ONCE = 2 ** 22                                # 8 MB in 16 bits, which
 def attention(q, k, v, scale, mask=None):
     """scalablevit.attention by PyTorch's where it pays: on a GPU, and with many keys on a CPU.
 
-    q (…, n, d), k (…, m, d), v (…, m, d_v), mask (…, 1, m).  The limits are measured
-    (docs/kernels.md).  16-bit inference on a CPU is fastest as plain products, for some queries at
-    a time; its gradients would keep all scores.
+    q (…, n, d), k (…, m, d), v (…, m, d_v), mask (…, 1, m).  In 16-bit inference on a CPU plain
+    products are faster, for some queries at a time.  Limits are measured (docs/kernels.md).
     """
     device, d, d_v, m = q.device.type, q.shape[-1], v.shape[-1], k.shape[-2]
     sixteen_bits = q.element_size() == 2
@@ -70,10 +69,10 @@ class FusedSSA(SSA):
 
 class FusedIWSA(IWSA):
     def forward(self, x):
-        device = x.device.type
-        if device not in devices or not is_plain_lim(self.lim):
+        device, ops = x.device.type, torch.ops.scalablevit
+        fits = device == "cpu" or self.lim.kernel_size == (3, 3)    # the CUDA kernels' only size
+        if device not in devices or not fits or not is_plain_lim(self.lim):
             return super().forward(x)                               # with `attend` below
-        ops = torch.ops.scalablevit
         weight, bias = self.lim.weight, self.lim.bias
         qkv = self.qkv(x)                                           # (B, H, W, 3C)
         M = min(self.window, max(qkv.shape[1:3]))
@@ -157,31 +156,27 @@ def why_edited(cls):
         with (torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(),
               torch.autocast("cpu", enabled=False), torch.random.fork_rng([])):
             for kwargs, sizes in CASES[cls]:
-                if not computes_the_same(cls(8, 2, **kwargs).double(), sizes):
-                    return "it does not compute what its fused form computes"
+                layer = cls(8, 2, **kwargs).double()
+                for H, W in sizes:
+                    x = torch.randn(2, H, W, 8, dtype=torch.float64, requires_grad=True)
+                    for a, b in zip(results(layer, cls, x), results(layer, FUSED[cls], x)):
+                        if not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
+                            return "it does not compute what its fused form computes"
     except Exception as error:
         message = f"comparing it with its fused form raised {type(error).__name__}: {error}"
         return message.splitlines()[0]
     return None
 
 
-def computes_the_same(layer, sizes):
-    """Compare a layer with its fused form: outputs and gradients, train and eval mode."""
-    def results(cls):
-        layer.__class__ = cls
-        out = layer(x)
+def results(layer, cls, x):
+    """Outputs and gradients of a layer as one of class cls, in train and eval mode."""
+    layer.__class__ = cls
+    together = []
+    for training in (True, False):
+        out = layer.train(training)(x)
         inputs = [x, *layer.parameters()]
-        return [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
-
-    plain, fused = type(layer), FUSED[type(layer)]
-    for H, W in sizes:
-        x = torch.randn(2, H, W, 8, dtype=torch.float64, requires_grad=True)
-        for training in (True, False):
-            layer.train(training)
-            for a, b in zip(results(plain), results(fused)):
-                if not torch.allclose(a, b, rtol=1e-9, atol=1e-9):
-                    return False
-    return True
+        together += [out, *torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True)]
+    return together
 
 
 # ---------------------------------------------------------------- fuse and unfuse

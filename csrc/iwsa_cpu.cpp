@@ -30,7 +30,6 @@ template <class A> struct Matrix {
   Left<A> transposed() { return {row(0), 1, stride}; }
 };
 
-// ---------------------------------------------------------------- matrix product
 // out = a b, or out += a b: a tile of `rows` x 2 x 16 numbers stays in registers while j runs over the inner dimension.
 template <int rows, class A>
 INLINED inline void product_block(int64_t inner, Left<A> a, const A* b, int64_t b_row, A* out, int64_t out_row,
@@ -62,25 +61,21 @@ VECTORIZED void product(int64_t rows, int64_t inner, int64_t columns, Left<A> a,
     }
 }
 
-// ---------------------------------------------------------------- softmax
-template <int L>
-INLINED inline Vec<double, L> exp(Vec<double, L> x) {
-  for (int i = 0; i < L; ++i) x[i] = std::exp(x[i]);
+// e^x for x <= 0; in float32 as 2^n 2^f, |f| <= 1/2: 2^f by Taylor series, 2^n by exponent bits; 0 below 2^-126.
+INLINED inline Vec<double, LANES> exp(Vec<double, LANES> x) {
+  for (int i = 0; i < LANES; ++i) x[i] = std::exp(x[i]);
   return x;
 }
-
-// e^x for x <= 0 as 2^n 2^f, |f| <= 1/2: 2^f by Taylor series, 2^n by adding n to the exponent bits; 0 below 2^-126.
-template <int L>
-INLINED inline Vec<float, L> exp(Vec<float, L> x) {
+INLINED inline Vec<float, LANES> exp(Vec<float, LANES> x) {
   constexpr float round = 0x1.8p23f;  // adding and subtracting it rounds to an integer
   x *= 0x1.715476p0f;                 // 1 / ln 2
   const auto tiny = x < -126.0f;
-  x = tiny ? Vec<float, L>{} : x;
-  const Vec<float, L> n = (x + round) - round, f = x - n;
-  Vec<float, L> power = f * 0x1.430912p-13f + 0x1.5d87fep-10f;  // (ln 2)^i / i!
+  x = tiny ? Vec<float, LANES>{} : x;
+  const Vec<float, LANES> n = (x + round) - round, f = x - n;
+  Vec<float, LANES> power = f * 0x1.430912p-13f + 0x1.5d87fep-10f;  // (ln 2)^i / i!
   for (float next : {0x1.3b2ab6p-7f, 0x1.c6b08ep-5f, 0x1.ebfbep-3f, 0x1.62e43p-1f, 1.0f}) power = power * f + next;
-  const auto exponent = (Vec<uint32_t, L>)__builtin_convertvector(n, Vec<int32_t, L>) << 23;
-  return tiny ? Vec<float, L>{} : (Vec<float, L>)((Vec<uint32_t, L>)power + exponent);
+  const auto exponent = (Vec<uint32_t, LANES>)__builtin_convertvector(n, Vec<int32_t, LANES>) << 23;
+  return tiny ? Vec<float, LANES>{} : (Vec<float, LANES>)((Vec<uint32_t, LANES>)power + exponent);
 }
 
 // Reduces the L numbers with f by repeated halving.
@@ -112,7 +107,7 @@ VECTORIZED void softmax(int64_t rows, int64_t n, A scale, Matrix<A>& s) {
   for (int64_t i = 0; i < rows; ++i) {
     V sum = {};
     for (int64_t j = 0; j < n; j += LANES) {  // subtract first, then scale: no rounding errors from large scores
-      const V power = exp<LANES>(scale * (load<LANES>(s.row(i) + j) - shift[i]));
+      const V power = exp(scale * (load<LANES>(s.row(i) + j) - shift[i]));
       store<LANES>(s.row(i) + j, power);
       sum += power;
     }
@@ -141,7 +136,6 @@ VECTORIZED void transpose(int64_t rows, int64_t columns, Matrix<A>& from, Matrix
     for (int64_t i = 0; i < rows; ++i) to.row(j)[i] = from.row(i)[j];
 }
 
-// ---------------------------------------------------------------- one head of one window
 // Buffers for one head: Q, K, V (n, d), Z = Softmax(scale Q Kᵀ) V of equation (4), and those of the backward pass.
 template <class A> struct Head {
   int64_t n, d;

@@ -26,8 +26,8 @@ struct Inputs {
   const void *qkv, *weight;   // (B, H, W, 3C), (k, k, C)
 };
 
-// The gradients of LIM's parameters are summed in parts (n, k² + 1, C), one row per tap and the last for the bias; n is
-// cpu_parts or cuda_parts.  ops.cpp adds the parts.  A part's tokens, and so the rounding, depend only on the shape.
+// The gradients of LIM's parameters are summed in parts (n, k² + 1, C): a row per tap, and the bias's.  ops.cpp adds
+// the n = cpu_parts or cuda_parts.  A part's tokens, and so the rounding, depend only on the shape.
 constexpr int64_t cpu_parts = 32, cuda_parts = 256;
 
 namespace reference {  // partition_merge_cpu.cpp

@@ -61,8 +61,7 @@ static VECTORIZED void add_lim_backward(const Inputs& in, const void* grad, cons
   });
 }
 
-// Gradients of weight and bias: work(sums, begin, end) adds those of pieces begin .. end to sums (k² + 1, C).  It is
-// not called if there are no pieces, as its buffers are as large as a window.
+// Gradients of weight and bias: work(sums, begin, end) adds those of pieces begin .. end, if any, to sums (k² + 1, C).
 template <class A, class F>
 void sum_in_parts(int64_t pieces, const Inputs& in, A* parts, F work) {
   const int64_t size = (in.k * in.k + 1) * in.g.channels(), n = std::min(pieces, cpu_parts);

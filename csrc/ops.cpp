@@ -37,8 +37,7 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window) {
 // An input.  Its storage may have been freed, as FSDP does, and reading it would crash.
 const Tensor& in_memory(const Tensor& t) {
   const size_t bytes = at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset());
-  TORCH_CHECK(t.storage().nbytes() >= bytes, "expected a tensor with memory, got one of shape ", t.sizes(),
-              " whose storage was freed");
+  TORCH_CHECK(t.storage().nbytes() >= bytes, "got a tensor of shape ", t.sizes(), " whose storage was freed");
   return t;
 }
 

@@ -1,5 +1,4 @@
-// The reference for partition_merge_cuda.cu: the same operators on a CPU, kept short, to be read first.  It is tested
-// against PyTorch, and `fuse` does not use it: the fast CPU kernel is iwsa_cpu.cpp.
+// The reference for partition_merge_cuda.cu: the same operators on a CPU, to be read first (the fast kernel: iwsa_cpu.cpp)
 #include "lim.h"
 
 // Only copies bytes, so one function serves all types.  A head's d channels take `size` bytes.

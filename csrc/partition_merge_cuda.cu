@@ -1,14 +1,12 @@
-// Partition and merge + LIM on a GPU, in plain CUDA C++ without PyTorch's headers.  nvcc compiles this file on its own;
-// with the stub headers in tests/cuda_on_cpu a C++ compiler does too, and every thread then runs on the CPU.
-// How work maps to threads:
+// Partition and merge + LIM on a GPU, in plain CUDA C++: nvcc compiles this file without PyTorch's headers, and so does
+// a C++ compiler with the stubs in tests/cuda_on_cpu; every thread then runs on the CPU.  How work maps to threads:
 // - A thread processes a pack of V channels, 16 bytes, for all tokens of a strip (windows.h): adjacent threads access
 //   adjacent addresses.  A block is x packs wide and y strips high: its threads are busy whether C is 64 or 512.
-// - A thread loads the k² neighbors of its token from global memory; nearby threads load the same ones at about that
-//   time, so most loads hit the caches.  For k = 3, a template parameter, 9 loads are in flight at once and 9 weights
-//   stay in registers (seen in the machine code for sm_90; not yet run on a GPU).
+// - LIM is 3 x 3 here.  A thread loads the 9 neighbors of its token from global memory; nearby threads load the same
+//   ones at about that time, so most loads hit the caches.  The 9 loads are in flight at once and the 9 weights stay in
+//   registers (seen in the machine code for sm_90; not yet run on a GPU).
 // - The weight's gradient is a sum over all tokens.  A block sums one part of the strips: a thread in registers, then
-//   the block in shared memory, always in the same order.  No atomics: results are deterministic.
-// - No synchronization and no allocation: the kernels can be captured in a CUDA graph.
+//   the block in shared memory, always in the same order: deterministic.  Kernels can be captured in a CUDA graph.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,8 +22,6 @@
 
 namespace {
 constexpr int block_threads = 256, blocks_at_once = 2;  // per SM: 128 registers per thread
-
-template <int n> using Constant = std::integral_constant<int, n>;
 
 // V adjacent channels, loaded and stored together.
 template <class T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
@@ -67,42 +63,28 @@ __global__ void partition_kernel(Windows g, unsigned size, Word* __restrict__ ma
 }
 
 // ---------------------------------------------------------------- window merge + LIM and its backward
-// The weights (k, k, C) of a thread's pack.  For k = K they are kept in registers; K = 0 means any other k.
-template <class A, int V, int K> struct Weights {
-  const A* in_memory;
-  int64_t C;
-  Pack<A, V> in_registers[K * K + 1];
-  __device__ Weights(const A* weight, int64_t C, unsigned c) : in_memory(weight + c), C(C) {
-    for (int tap = 0; tap < K * K; ++tap) in_registers[tap] = load<V>(in_memory + tap * C);
-  }
-  __device__ Pack<A, V> operator[](int64_t tap) const { return K ? in_registers[tap] : load<V>(in_memory + tap * C); }
-};
-
-// sum += weight * neighbor over the k x k neighbors of token (y, x); zeros beyond the border.  `here` points to the
+// sum += weight * neighbor over the 3 x 3 neighbors of token (y, x); zeros beyond the border.  `here` points to the
 // token's own pack, `stride` is the distance to the next token's.  mirrored: flipped weights, for the backward pass.
-template <int K, bool mirrored, class T, class A, int V>
-__device__ void add_neighbors(Pack<A, V>& sum, const Windows& g, int64_t any_k, unsigned y, unsigned x, const T* here,
-                              int64_t stride, const Weights<A, V, K>& weights) {
-  const int64_t k = K ? K : any_k, r = k / 2;
+template <bool mirrored, class T, class A, int V>
+__device__ void add_neighbors(Pack<A, V>& sum, const Windows& g, unsigned y, unsigned x, const T* here, int64_t stride,
+                              const Pack<A, V> (&weights)[9]) {
   const unsigned H = g.H, W = g.W;
 #pragma unroll
-  for (int64_t ky = 0; ky < k; ++ky)
-#pragma unroll
-    for (int64_t kx = 0; kx < k; ++kx) {
-      const int64_t dy = ky - r, dx = kx - r, tap = ky * k + kx;  // as unsigned, -1 is out of range, too
-      const auto neighbor = load<V>(here + (dy * W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
-      const auto w = weights[mirrored ? k * k - 1 - tap : tap];
-      for (int u = 0; u < V; ++u) sum.x[u] += w.x[u] * A(neighbor.x[u]);
-    }
+  for (int i = 0; i < 9; ++i) {
+    const int dy = i / 3 - 1, dx = i % 3 - 1;  // as unsigned, -1 is out of range, too
+    const auto neighbor = load<V>(here + (dy * g.W + dx) * stride, y + unsigned(dy) < H && x + unsigned(dx) < W);
+    for (int u = 0; u < V; ++u) sum.x[u] += weights[mirrored ? 8 - i : i].x[u] * A(neighbor.x[u]);
+  }
 }
 
-template <class T, int V, int K>
+template <class T, int V>
 __global__ void __launch_bounds__(block_threads, blocks_at_once)
-    merge_lim_kernel(Windows g, int64_t k, const T* __restrict__ z, Strides z_strides, const T* __restrict__ qkv,
+    merge_lim_kernel(Windows g, const T* __restrict__ z, Strides z_strides, const T* __restrict__ qkv,
                      const Sum<T>* __restrict__ weight, const Sum<T>* __restrict__ bias, T* __restrict__ out) {
   const unsigned C = g.channels(), d = g.d;
   for (unsigned c = threadIdx.x * V; c < C; c += blockDim.x * V) {
-    const Weights<Sum<T>, V, K> weights(weight, C, c);
+    Pack<Sum<T>, V> weights[9];  // in registers
+    for (int i = 0; i < 9; ++i) weights[i] = load<V>(weight + i * C + c);
     for (int64_t s = first_strip(); s < g.strips(); s += strips_at_once()) {
       const Strip t = g.strip(s);
       const int64_t token = g.token(t.b, t.y, t.x);
@@ -111,7 +93,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
       T* to = out + token * C + c;
       for (unsigned i = 0; i < t.tokens; ++i, own += z_strides.position, here += 3 * C, to += C) {
         Pack<Sum<T>, V> sum = load<V>(bias + c);
-        add_neighbors<K, false>(sum, g, k, t.y, t.x + i, here, 3 * C, weights);
+        add_neighbors<false>(sum, g, t.y, t.x + i, here, 3 * C, weights);
         const auto attention = load<V>(own);
         Pack<T, V> result;
         for (int u = 0; u < V; ++u) result.x[u] = T(sum.x[u] + Sum<T>(attention.x[u]));
@@ -122,13 +104,14 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
 }
 
 // Computes dz and dqkv.
-template <class T, int V, int K>
+template <class T, int V>
 __global__ void __launch_bounds__(block_threads, blocks_at_once)
-    merge_lim_backward_kernel(Windows g, int64_t k, const T* __restrict__ grad, const Sum<T>* __restrict__ weight,
+    merge_lim_backward_kernel(Windows g, const T* __restrict__ grad, const Sum<T>* __restrict__ weight,
                               T* __restrict__ dz, T* __restrict__ dqkv) {
   const unsigned C = g.channels(), d = g.d;
   for (unsigned c = threadIdx.x * V; c < C; c += blockDim.x * V) {
-    const Weights<Sum<T>, V, K> weights(weight, C, c);
+    Pack<Sum<T>, V> weights[9];  // in registers
+    for (int i = 0; i < 9; ++i) weights[i] = load<V>(weight + i * C + c);
     for (int64_t s = first_strip(); s < g.strips(); s += strips_at_once()) {
       const Strip t = g.strip(s);
       const int64_t token = g.token(t.b, t.y, t.x);
@@ -139,7 +122,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
         store(own, load<V>(here, i < t.tokens));
         if (i >= t.tokens) continue;
         Pack<Sum<T>, V> sum = {};
-        add_neighbors<K, true>(sum, g, k, t.y, t.x + i, here, C, weights);
+        add_neighbors<true>(sum, g, t.y, t.x + i, here, C, weights);
         Pack<T, V> dv;
         for (int u = 0; u < V; ++u) dv.x[u] = T(sum.x[u]);
         store(dq, Pack<T, V>{});
@@ -150,64 +133,47 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once)
   }
 }
 
-// Sums `held` over the columns of a block's threads, in order, into the first n of out's blockDim.x · V numbers.
-template <class A, int V>
-__device__ void sum_columns(const Pack<A, V>& held, int64_t n, A* out) {
-  __shared__ Pack<A, V> shared[block_threads];
-  const unsigned me = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * V;
-  const A* numbers = shared[0].x;
-  shared[me] = held;
-  __syncthreads();
-  for (unsigned i = me; i < width && i < n; i += blockDim.x * blockDim.y) {
-    A sum = 0;
-    for (unsigned y = 0; y < blockDim.y; ++y) sum += numbers[y * width + i];
-    out[i] = sum;
-  }
-  __syncthreads();
-}
-
-// Computes parts (cuda_parts, k² + 1, C), with one block per part of the strips and per blockDim.x packs of channels.
-// The bias is the last "tap", with input 1.  Taps are summed ten at a time, which is all of them for k = 3.
-template <class T, int V, int K>
-__global__ void __launch_bounds__(block_threads, K ? blocks_at_once : 1)
-    parts_kernel(Windows g, int64_t any_k, const T* __restrict__ grad, const T* __restrict__ qkv,
-                 Sum<T>* __restrict__ parts) {
-  constexpr int batch = 10;
-  const int64_t k = K ? K : any_k, r = k / 2, taps = k * k, C = g.channels(), part = blockIdx.y;
+// Computes parts (cuda_parts, 10, C), with one block per part of the strips and per blockDim.x packs of channels.  The
+// last of the 10 rows is the bias's, a "tap" with input 1.
+template <class T, int V>
+__global__ void __launch_bounds__(block_threads, blocks_at_once)
+    parts_kernel(Windows g, const T* __restrict__ grad, const T* __restrict__ qkv, Sum<T>* __restrict__ parts) {
+  const int64_t C = g.channels(), part = blockIdx.y;
   const int64_t c0 = int64_t(blockIdx.x) * blockDim.x * V, c = c0 + threadIdx.x * V;
   const int64_t begin = g.strips() * part / cuda_parts, end = g.strips() * (part + 1) / cuda_parts;
-  for (int64_t first = 0; first <= taps; first += batch) {
-    int64_t dy[batch], dx[batch];  // offsets from a token to the outputs that its V contributes to
+  Pack<Sum<T>, V> sum[10] = {};
+  for (int64_t s = begin + threadIdx.y; s < end && c < C; s += blockDim.y) {
+    const Strip t = g.strip(s);
+    const int64_t token = g.token(t.b, t.y, t.x);
+    const T* here = grad + token * C + c;
+    const T* own = qkv + (token * 3 + 2) * C + c;
+    const unsigned y = t.y, H = g.H, W = g.W;
+    for (unsigned x = t.x; x < t.x + t.tokens; ++x, here += C, own += 3 * C) {
+      const auto value = load<V>(own);
 #pragma unroll
-    for (int u = 0; u < batch; ++u) {
-      dy[u] = first + u < taps ? r - (first + u) / k : 0;
-      dx[u] = first + u < taps ? r - (first + u) % k : 0;
-    }
-    Pack<Sum<T>, V> sum[batch] = {};
-    for (int64_t s = begin + threadIdx.y; s < end && c < C; s += blockDim.y) {
-      const Strip t = g.strip(s);
-      const int64_t token = g.token(t.b, t.y, t.x);
-      const T* here = grad + token * C + c;
-      const T* own = qkv + (token * 3 + 2) * C + c;
-      const unsigned y = t.y, H = g.H, W = g.W;
-      for (unsigned x = t.x; x < t.x + t.tokens; ++x, here += C, own += 3 * C) {
-        const auto value = load<V>(own);
-#pragma unroll
-        for (int u = 0; u < batch; ++u) {
-          const bool on_map = first + u <= taps && y + unsigned(dy[u]) < H && x + unsigned(dx[u]) < W;
-          const auto neighbor = load<V>(here + (dy[u] * W + dx[u]) * C, on_map);
-          for (int j = 0; j < V; ++j)
-            sum[u].x[j] += (first + u == taps ? 1 : Sum<T>(value.x[j])) * Sum<T>(neighbor.x[j]);
-        }
+      for (int i = 0; i < 10; ++i) {
+        const int dy = i < 9 ? 1 - i / 3 : 0, dx = i < 9 ? 1 - i % 3 : 0;  // to the output that its V contributes to
+        const auto neighbor = load<V>(here + (dy * g.W + dx) * C, y + unsigned(dy) < H && x + unsigned(dx) < W);
+        for (int j = 0; j < V; ++j) sum[i].x[j] += (i < 9 ? Sum<T>(value.x[j]) : 1) * Sum<T>(neighbor.x[j]);
       }
     }
+  }
+  __shared__ Pack<Sum<T>, V> shared[block_threads];
+  const unsigned me = threadIdx.y * blockDim.x + threadIdx.x, width = blockDim.x * V;
 #pragma unroll
-    for (int u = 0; u < batch; ++u)
-      sum_columns(sum[u], first + u <= taps ? C - c0 : 0, parts + (part * (taps + 1) + first + u) * C + c0);
+  for (int i = 0; i < 10; ++i) {  // add up the columns of the block's threads, in order
+    shared[me] = sum[i];
+    __syncthreads();
+    for (unsigned j = me; j < width && j < C - c0; j += blockDim.x * blockDim.y) {
+      Sum<T> total = 0;
+      for (unsigned y = 0; y < blockDim.y; ++y) total += shared[0].x[y * width + j];
+      parts[(part * 10 + i) * C + c0 + j] = total;
+    }
+    __syncthreads();
   }
 }
 
-// ---------------------------------------------------------------- launches, and dispatch on type, width and k
+// ---------------------------------------------------------------- launches, and dispatch on type and width
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block of x items by y strips.  If the items exceed a block's threads, x divides them into equal rounds.
@@ -227,15 +193,15 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 template <class... Pointers>
 bool aligned(Pointers... p) { return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...); }
 
-// Calls f with a kernel's T (as a zero of that type), V and K.  V is 1 if 16 bytes cannot be loaded together.
+// Calls f with a kernel's T (as a zero of that type) and V, which is 1 if 16 bytes cannot be loaded together.
 template <class F, class... Pointers>
 cudaError_t with_kernel(const Inputs& in, Strides strides, F f, Pointers... pointers) {
+  if (in.k != 3) return cudaErrorInvalidValue;  // ops.py has said so
   return with_type<__nv_bfloat16, __half>(in.type, [&](auto zero) {
     constexpr int V = 16 / sizeof(zero);
-    const auto with_k = [&](auto v) { return in.k == 3 ? f(zero, v, Constant<3>{}) : f(zero, v, Constant<0>{}); };
     const bool wide = in.g.d % V == 0 && strides.window % V == 0 && strides.head % V == 0 &&
                       strides.position % V == 0 && aligned(in.qkv, in.weight, pointers...);
-    return wide ? with_k(Constant<V>{}) : with_k(Constant<1>{});
+    return wide ? f(zero, std::integral_constant<int, V>()) : f(zero, std::integral_constant<int, 1>());
   });
 }
 }  // namespace
@@ -254,23 +220,23 @@ cudaError_t cuda::partition(const Windows& g, int64_t itemsize, void* map, void*
 
 cudaError_t cuda::merge_lim(const Inputs& in, const void* bias, const void* z, Strides z_strides, void* out,
                             cudaStream_t stream) {
-  const auto run = [&](auto zero, auto V, auto K) {
+  const auto run = [&](auto zero, auto V) {
     const dim3 block = block_for(in.g.channels() / V);
-    return launch(merge_lim_kernel<decltype(zero), V, K>, grid_for(in.g, block), block, stream, in.g, in.k, z,
-                  z_strides, in.qkv, in.weight, bias, out);
+    return launch(merge_lim_kernel<decltype(zero), V>, grid_for(in.g, block), block, stream, in.g, z, z_strides, in.qkv,
+                  in.weight, bias, out);
   };
   return with_kernel(in, z_strides, run, z, bias, out);
 }
 
 cudaError_t cuda::merge_lim_backward(const Inputs& in, const void* grad, void* dz, void* dqkv, void* parts,
                                      cudaStream_t stream) {
-  const auto run = [&](auto zero, auto V, auto K) {
+  const auto run = [&](auto zero, auto V) {
     using T = decltype(zero);
     const int64_t packs = in.g.channels() / V;
     const dim3 block = block_for(packs), parts_grid(divide_up(packs, block.x), cuda_parts);
-    const cudaError_t error = launch(merge_lim_backward_kernel<T, V, K>, grid_for(in.g, block), block, stream, in.g,
-                                     in.k, grad, in.weight, dz, dqkv);
-    return error ? error : launch(parts_kernel<T, V, K>, parts_grid, block, stream, in.g, in.k, grad, in.qkv, parts);
+    const cudaError_t error = launch(merge_lim_backward_kernel<T, V>, grid_for(in.g, block), block, stream, in.g, grad,
+                                     in.weight, dz, dqkv);
+    return error ? error : launch(parts_kernel<T, V>, parts_grid, block, stream, in.g, grad, in.qkv, parts);
   };
   return with_kernel(in, {}, run, grad, dz, dqkv);
 }
