@@ -2,6 +2,7 @@
 
     python tests/bench.py models        images of 224 x 224, with both, one or none of the two layers fused
     python tests/bench.py large         backbones with four maps, 224 x 224 to 1344 x 1344, and peak memory
+    python tests/bench.py large --size 800 1280                     with training steps, in twice the time
     python tests/bench.py limit         S's time over that of its own linear layers and convolutions
     python tests/bench.py attention     SSA's attention, plain and PyTorch's, from 49 to 1000 keys
     python tests/bench.py kernels       each operator against plain PyTorch, at the shapes of S's four stages
@@ -32,62 +33,67 @@ from scalablevit import IWSA, convolve, scalablevit_s  # noqa: E402
 from scalablevit_kernels import FusedIWSA, FusedSSA, devices, fuse, unfuse  # noqa: E402
 
 STAGES = [(56, 64, 2), (28, 128, 4), (14, 256, 8), (7, 512, 16)]    # H = W, C, heads at 224 x 224
-LARGE = [(224, 224), (448, 448), (800, 1280), (1344, 1344)]
-STEPS_UP_TO = (800, 1280)                                           # larger images: only inference
+LARGE = [(224, 224), (448, 448), (800, 1280), (1344, 1344)]        # steps by default for the first two
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------- measuring
-def print_sides(what, sides, args):
-    """Print milliseconds, speed relative to the last side, and MB if sides {name: function} return them."""
+def medians(functions, args):
+    """Median time of each function in milliseconds, in rounds, after one that warms up."""
     rounds = []
     end = 0
-    while len(rounds) < 2 or time.perf_counter() < end:             # the first round warms up
+    while len(rounds) < 2 or time.perf_counter() < end:
         rounds.append([])
-        for side in sides.values():
+        for function in functions:
             start = time.perf_counter()
-            memory = side()
+            function()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            rounds[-1].append((time.perf_counter() - start, memory))
+            rounds[-1].append((time.perf_counter() - start) * 1e3)
         end = end or time.perf_counter() + args.seconds
-    times = [1e3 * statistics.median(t for t, _ in side) for side in zip(*rounds[1:])]
+    return [statistics.median(times) for times in zip(*rounds[1:])]
+
+
+def print_sides(what, sides, args, width=26, memory=lambda name: ""):
+    """Print a line: milliseconds and speed relative to the last side, for each side {name: function}."""
+    times = medians(sides.values(), args)
     line = f"{what:44}"
-    for name, t, (_, memory) in zip(sides, times, rounds[-1]):
-        used = f", {memory:.0f} MB" if memory else ""
-        line += f"{name} {t:.1f} ({times[-1] / t:.2f}{used})".ljust(36 if memory else 26)
+    for name, t in zip(sides, times):
+        line += f"{name} {t:.1f} ({times[-1] / t:.2f}{memory(name)})".ljust(width)
     print(line, flush=True)
     return times
 
 
 def in_a_process(*network):
-    """A function that calls the network in a process of its own, and returns the peak memory in MB."""
+    """A function that calls the network, or measures the memory for it, in a process of its own."""
     context = multiprocessing.get_context("fork")
     pipe, end = context.Pipe()
     context.Process(target=serve, args=(end, *network), daemon=True).start()
     end.close()
 
-    def call():
-        pipe.send(True)
+    def ask(question="call"):
+        pipe.send(question)
         return pipe.recv()                                          # EOFError if the process failed
-    return call
+    return ask
 
 
 def serve(pipe, build, what, shape, args):
-    """Answer by the peak of a call over what was held before; on a GPU, by all that is held."""
-    ctypes.CDLL(None).mallopt(-3, 2 ** 16)      # M_MMAP_THRESHOLD: freed tensors go back at once
     call, = calls({"": build}, what, shape, args).values()
-    pipe.recv()
+    while True:
+        answer = peak(call, args) if pipe.recv() == "peak" else call()
+        pipe.send(answer)
+
+
+def peak(call, args):
+    """Peak memory in MB of a call over what was held before it; on a GPU, all that is held."""
+    ctypes.CDLL(None).mallopt(-3, 2 ** 16)      # M_MMAP_THRESHOLD: freed tensors go back at once
     call()                                      # libraries are loaded, and keep workspaces
-    pipe.send(None)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")           # resets VmHWM
-    while pipe.recv():
-        call()
-        if args.device == "cuda":
-            pipe.send(torch.cuda.max_memory_allocated() / 2 ** 20)
-        else:
-            pipe.send(resident("VmHWM") - before)
+    call()
+    return resident("VmHWM") - before
 
 
 def resident(which):
@@ -189,11 +195,13 @@ def models(args):
 
 
 def large(args):
+    import timm  # noqa: F401, once for all processes
     for size, what in itertools.product([args.size] if args.size else LARGE, KINDS):
-        if args.only in what and (size <= STEPS_UP_TO or "inference" in what):
-            shape = (args.batch or 1, 3, *size)
-            sides = {name: in_a_process(build, what, shape, args) for name, build in BACKBONES.items()}
-            print_sides(f"{size[0]}x{size[1]} {what}", sides, args)
+        if args.only in what and (size in (args.size, *LARGE[:2]) or "inference" in what):
+            network = (what, (args.batch or 1, 3, *size), args)
+            sides = {name: in_a_process(build, *network) for name, build in BACKBONES.items()}
+            print_sides(f"{size[0]}x{size[1]} {what}", sides, args, 36,
+                        lambda name: f", {in_a_process(BACKBONES[name], *network)('peak'):.0f} MB")
             for process in multiprocessing.active_children():
                 process.kill()
 

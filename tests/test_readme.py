@@ -35,7 +35,7 @@ def skipped_without_packages():
 
 
 def slow(code):
-    """Exporting takes most of a minute."""
+    """Exporting takes seconds for each block of the network."""
     return [pytest.mark.slow] if "onnx" in code or "torch.export" in code else []
 
 
@@ -49,6 +49,8 @@ def test_python_blocks_run(code, monkeypatch, tmp_path):
         pathlib.Path("runs/tiny").mkdir(parents=True)
         torch.save({"model": model.state_dict(), "config": model.config, "classes": ["cat", "dog"],
                     "settings": {"size": 112}}, "runs/tiny/best.pt")
+    if slow(code):
+        monkeypatch.setitem(scalablevit.TINY, "depths", (2, 1, 1, 1))
     with skipped_without_packages():
         exec(compile(code, "README.md", "exec"), {})
 
