@@ -9,7 +9,6 @@ import xml.etree.ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
 
 pytest.importorskip("matplotlib")
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -21,8 +20,6 @@ import scalablevit
 import steps
 from helpers import random_tokens, randomised
 from scalablevit import SSA, ScalableViT, count_macs, scalablevit_tiny
-
-few = settings(max_examples=10)
 
 
 # ---------------------------------------------------------------------------- figures.py
@@ -57,8 +54,8 @@ def test_the_ramp_is_one_of_means():
     assert (rows["iwsa"][1:20].diff() > 0).all()
 
 
-@few
-@given(st.integers(1, 8), st.integers(1, 8), st.sampled_from(["wsa", "swsa", "lem", "iwsa", "ssa"]))
+@pytest.mark.parametrize("H, W", [(8, 5), (2, 7), (3, 1)])
+@pytest.mark.parametrize("kind", ["wsa", "swsa", "lem", "iwsa", "ssa"])
 def test_attention_maps_are_those_of_the_network(H, W, kind):
     """Multiplied by the values they are what every layer computes; a token's shares sum to 1."""
     model = randomised(ScalableViT(dim=8, depths=(2,), heads=(2,), rc=(1.25,), rn=(1 / 4,), window=3,
