@@ -143,18 +143,6 @@ def block_outputs(model, images):
     return after
 
 
-def border_step(tokens, M=7):
-    """Mean distance of adjacent tokens (H, W, C) across window borders over that inside, or nan."""
-    across = []
-    inside = []
-    for x in (tokens, tokens.transpose(0, 1)):
-        steps = (x[1:] - x[:-1]).norm(dim=-1)                       # (n - 1, other axis)
-        border = torch.arange(1, len(x)) % M == 0
-        across.append(steps[border].flatten())
-        inside.append(steps[~border].flatten())
-    return (torch.cat(across).mean() / torch.cat(inside).mean()).item()
-
-
 def maps(networks, photos=PHOTOS, size=112, block=2):
     """Figure 1: the mean absolute feature after a block.  A row for each of {name: file}."""
     pictures = [photograph(file, size) for file in photos]
