@@ -2,7 +2,6 @@
 
     python tests/bench.py models        images of 224 x 224, with both, one or none of the two layers fused
     python tests/bench.py large         backbones with four maps, 224 x 224 to 1344 x 1344, and peak memory
-    python tests/bench.py large --size 800 1280                     with training steps, in twice the time
     python tests/bench.py limit         S's time over that of its own linear layers and convolutions
     python tests/bench.py attention     SSA's attention, plain and PyTorch's, from 49 to 1000 keys
     python tests/bench.py kernels       each operator against plain PyTorch, at the shapes of S's four stages
@@ -33,7 +32,7 @@ from scalablevit import IWSA, convolve, scalablevit_s  # noqa: E402
 from scalablevit_kernels import FusedIWSA, FusedSSA, devices, fuse, unfuse  # noqa: E402
 
 STAGES = [(56, 64, 2), (28, 128, 4), (14, 256, 8), (7, 512, 16)]    # H = W, C, heads at 224 x 224
-LARGE = [(224, 224), (448, 448), (800, 1280), (1344, 1344)]        # steps by default for the first two
+LARGE = [(224, 224), (448, 448), (800, 1280), (1344, 1344)]        # the last one without steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -197,7 +196,7 @@ def models(args):
 def large(args):
     import timm  # noqa: F401, once for all processes
     for size, what in itertools.product([args.size] if args.size else LARGE, KINDS):
-        if args.only in what and (size in (args.size, *LARGE[:2]) or "inference" in what):
+        if args.only in what and (size in (args.size, *LARGE[:3]) or "inference" in what):
             network = (what, (args.batch or 1, 3, *size), args)
             sides = {name: in_a_process(build, *network) for name, build in BACKBONES.items()}
             print_sides(f"{size[0]}x{size[1]} {what}", sides, args, 36,
