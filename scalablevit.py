@@ -86,9 +86,9 @@ class SSA(nn.Module):
     cells; L is wide already, with r_c < 1 in its first two stages.
 
     f_k and f_v share a depthwise s x s convolution with stride s, a 1x1 convolution to C' channels,
-    LayerNorm and GELU; each adds a linear layer.  (So the published code; the paper names no layers,
-    and by f_v(V) means f_v(X).)  The last cells are filled up with zeros, unmasked: each holds a real
-    token.  If r_n = 1, Q' and K' keep C channels, and r_c enters only the scale, as published.
+    LayerNorm and GELU; each adds a linear layer.  (So the published code; the paper does not name the
+    layers, and its f_v(V) must be f_v(X).)  Cells cut off by the edge of the map are filled with zeros,
+    without a mask.  If r_n = 1, Q' and K' have C channels; r_c then only enters the scale, as published.
     MACs of (2): N N_rn (C + C').  The paper calls this linear in N, which is true for a fixed
     number of keys.  With a fixed r_n it is r_n N² (C + C'): quadratic with a small constant.
     """
@@ -164,7 +164,7 @@ class WSA(nn.Module):
 
 
 class SWSA(WSA):
-    """WSA with windows shifted by half a window, as in Swin (Table 5(a)), but for axes of one window."""
+    """WSA with windows shifted by half a window, as in Swin (Table 5(a)); not along an axis of one window."""
     def forward(self, x):
         shift = math.ceil(self.window / 2)      # padding; Swin rolls the map instead
         top = shift if x.shape[1] > self.window > 1 else 0
@@ -364,7 +364,7 @@ def check_arguments(in_chans, num_classes, dim, depths, heads, rc, rn, window, d
 def init_weights(module):
     """Initialization of the published code; LayerNorm keeps PyTorch's default (weight 1, bias 0)."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)    # published: truncated, but at 100 deviations
+        nn.init.normal_(module.weight, std=0.02)    # published: truncated at 100 deviations
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.weight.numel() / module.in_channels        # k·k·C_out / groups
@@ -436,8 +436,8 @@ def load_model(file, **changes):
     `file` is from train_minimal.py, or published, or a state dict, also under "state_dict" or with
     "module." or "_orig_mod." before the names.  `changes` are arguments of `ScalableViT`; another
     num_classes makes a fresh head, 0 none.  A file without "config" is taken for tiny, S, B or L by
-    its width; if it is another network, `changes` must say so: wrong heads or window load without an
-    error.  Weights must be finite; float64 is kept, all else becomes float32.
+    its width; for another network give `changes`: heads and window leave no trace in the weights, so
+    wrong ones load without an error.  Weights must be finite; all but float64 becomes float32.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):    # in some published files
