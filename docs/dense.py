@@ -1,8 +1,8 @@
 """What detection.py and segmentation.py share: settings, the training loop and pictures.
 
-Settings, stopping and going on are train_minimal.py's.  Each program is a module with RECIPES,
-SETTINGS, MOSAIC, Data, view, build, loss, evaluate, find and describe.  Left out of
-torchvision's references: aspect-ratio grouping, SyncBN, EMA.
+Settings, stopping and going on are train_minimal.py's.  A program is a module with RECIPES,
+SETTINGS, MOSAIC, Data, view, build, loss, evaluate, find and describe.  Left out of torchvision's
+references: aspect-ratio grouping, SyncBN, EMA.
 """
 import functools
 import importlib.util
@@ -57,7 +57,7 @@ def parse_args(program, argv=None):
     saved = run.get("settings", {})
     if (run or args.eval or args.predict) and "framework" not in saved:
         raise UserError(f"{str(args.init)!a} must be a file that this program has saved")
-    vars(args).update(compile=False, aug_repeats=1)                 # train_minimal.py's
+    vars(args).update(compile=False, aug_repeats=1, init="" if run else args.init)
     return args, run
 
 
@@ -89,7 +89,6 @@ class Pyramid(torch.nn.Module):
 
 def build_model(program, args, run, classes):
     """The framework on a new backbone, on that of --init, or as in the run."""
-    args.init = "" if run else args.init                            # its weights follow below
     backbone = train_minimal.build_model(args, **run.get("config", dict(num_classes=0)))
     backbone.norm.requires_grad_(False)                             # only a classifier uses it
     backbone.set_grad_checkpointing(args.checkpointing)
@@ -106,20 +105,15 @@ def load_model(program, file):
     return build_model(program, args, run, run["classes"]).eval(), run["classes"]
 
 
-# ---------------------------------------------------------------------------- training
-def learning_rate(step, args):
-    """Linear warm-up, polynomial decay, and a tenth after each fall."""
-    progress = step / args.total
-    rate = args.lr * args.step_size / 16 * (1 - progress) ** args.power
-    falls = (progress >= args.fall) + (progress >= args.second_fall)
-    return rate * min(1, (step + 1) / max(1, args.warmup_steps)) * 0.1 ** falls
-
-
 def train_step(program, net, optimizer, batches, step, args):
     """One optimizer step on accum batches; returns the mean loss of all processes."""
     net.train()
+    progress = step / args.total
+    falls = (progress >= args.fall) + (progress >= args.second_fall)
+    warmup = min(1, (step + 1) / max(1, args.warmup_steps))
+    rate = args.lr * args.step_size / 16 * warmup * (1 - progress) ** args.power * 0.1 ** falls
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        group["lr"] = rate
     total = torch.zeros((), device=DEVICE)
     for i in range(args.accum):
         images, targets = zip(*next(batches))
@@ -154,14 +148,12 @@ def train(program, model, train_set, val_set, steps, run, args):
     total = args.total = args.steps or args.epochs * steps
     every = math.ceil(args.steps / 10) or steps
     args.epochs = math.ceil(total / steps)                          # at least
-    start = run.get("step", 0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
+    start, log = run.get("step", 0), run.get("log", [])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=args.weight_decay, fused=True)
     if run:
         optimizer.load_state_dict(run["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
-    losses = run.get("losses", [])                                  # since the last evaluation
-    log = run.get("log", [])
     say(f"{str(args.output)!a}: {len(train_set)} images, step {start} of {total}")
     net = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     keys = train_minimal.training_batches(len(train_set), steps, start, args)
@@ -169,23 +161,23 @@ def train(program, model, train_set, val_set, steps, run, args):
         train_set, batch_sampler=keys, num_workers=args.workers, collate_fn=list))
     began = time.time()
     for step in range(start, total):
-        losses.append(train_step(program, net, optimizer, batches, step, args))
+        loss = train_step(program, net, optimizer, batches, step, args)
         done = step + 1
         scored = done % every == 0 or done == total
         if scored or done % 50 == 0:
             seconds = (time.time() - began) / (done - start)
-            say(f"step {done}/{total}  loss {losses[-1]:.3f}  lr {learning_rate(step, args):.1e}  "
-                f"{seconds:.3f} s per step  {seconds * (total - done) / 60:.0f} min left")
+            rate = optimizer.param_groups[0]["lr"]
+            say(f"step {done}/{total}  loss {loss:.3f}  lr {rate:.1e}  {seconds:.3f} s per step  "
+                f"{seconds * (total - done) / 60:.0f} min left")
         if scored:
             score, text = evaluate(program, model, val_set, args)
-            log.append(dict(step=done, loss=sum(losses) / len(losses), score=score))
-            say(f"step {done}  loss {log[-1]['loss']:.3f}  {text}")
-            losses = []
+            log.append(dict(step=done, loss=loss, score=score))
+            say(f"step {done}  {text}")
         if RANK == 0 and (scored or done % args.save_every == 0):
             state = dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), config=model.config,
                 settings=args.settings, classes=train_set.classes, steps=steps, step=done,
-                losses=losses, log=log)
+                log=log)
             if scored and score == max(entry["score"] for entry in log):
                 save(state, args.output / "best.pt")
             save(state, args.output / "last.pt")
@@ -219,16 +211,14 @@ def main(program, argv=None):
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------- pictures
 def open_image(path):
-    """(3, H, W) uint8."""
-    return v2.pil_to_tensor(load_image(path))
+    return v2.pil_to_tensor(load_image(path))                       # (3, H, W) uint8
 
 
 def draw(program, image, found, classes):
     """What was found, on an image (3, H, W) uint8; small ones enlarged.  A legend has no boxes."""
     labels, texts, masks, boxes = program.describe(found, classes)
-    colors = [f"hsv({222 * label % 360}, 80%, 100%)" for label in labels]
+    colors = [f"hsv({222 * label % 360}, 70%, 100%)" for label in labels]
     zoom = max(1, 320 // min(image.shape[1:]))
     size = [zoom * n for n in image.shape[1:]]
     image = v2.resize(image, size)
@@ -238,9 +228,9 @@ def draw(program, image, found, classes):
     if len(boxes):
         image = utils.draw_bounding_boxes(image, zoom * boxes, colors=colors, width=2)
     picture = v2.to_pil_image(image)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
     for i, text in enumerate(texts):
-        place = (zoom * boxes[i, :2] + 3).tolist() if len(boxes) else (3, 20 * i)
+        place = (zoom * boxes[i, :2] + 2).tolist() if len(boxes) else (3, 26 * i)
         pen.text(place, text, colors[i], font, stroke_width=2, stroke_fill="black")
     return picture
 
@@ -272,7 +262,6 @@ def show(program, model, dataset, file, side=360):
 
 
 def publish(program):
-    """The functions that a program has from here: main(), load_model() and draw()."""
     return [functools.partial(function, program) for function in (main, load_model, draw)]
 
 

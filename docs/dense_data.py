@@ -97,8 +97,8 @@ def is_mask(mask, H, W):
 class Coco(Dataset):
     """A split of a COCO folder: (index, seed) -> image (3, H, W) uint8 and its objects.
 
-    Labels are 1 ... n in the order of the categories' ids.  Left out and counted: boxes outside
-    the image, and for Mask R-CNN images with an object that has no mask; in training also crowds,
+    Labels are 1 ... n in the order of the categories' ids.  Left out and counted: boxes outside the
+    image, and for Mask R-CNN images with an object without mask; in training also what is a crowd,
     and images without objects.
     """
 
@@ -241,12 +241,11 @@ class ADE20K(Dataset):
         self.classes = [line.split("\t")[-1].strip() for line in lines[1:]]
         self.training = split == "train"
         part = "training" if self.training else "validation"
-        folder = root / "images" / part
-        files = sorted(folder.glob("*"))
+        files = sorted((root / "images" / part).glob("*"))
         self.images = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
         self.labels = [root / "annotations" / part / f"{file.stem}.png" for file in self.images]
         if not self.images:
-            raise UserError(f"there is no *.jpg or *.png in {str(folder)!a}")
+            raise UserError(f"there is no *.jpg or *.png in {str(root / 'images' / part)!a}")
         for image, label in zip(self.images, self.labels):
             check_size(image, open_label(label).size[::-1], label)
         self.resize = v2.Resize(args.size, max_size=4 * args.size)

@@ -26,14 +26,15 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 RECIPES = {                  # Appendix C and Table 8
-    "framework": {"mask_rcnn": dict(lr=2e-4), "retinanet": dict(lr=1e-4)},
+    "framework": {"mask_rcnn": dict(lr=2e-4), "retinanet": {}},
     "schedule": {
         "1x": dict(epochs=12, fall=8 / 12, second_fall=11 / 12),
         "3x": dict(epochs=36, fall=27 / 36, second_fall=33 / 36, lr=1e-4, weight_decay=5e-2,
                    min_size=480)}}
-# The shorter side of images is `size`, in training from `min_size` on; the longer at most 5/3 of it.
-# `anchor` is the side of the smallest.  Mask R-CNN's second stage learns from `regions` of an image.
+# The shorter side of an image is `size`, in training from `min_size` on, and the longer at most 5/3
+# of that.  `anchor` is the smallest one's side.  Mask R-CNN's second stage learns from `regions`.
 SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, regions=512)
+RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
 MOSAIC = dict(epochs=8, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=80, min_size=80,
               width=48, anchor=16, regions=32, mosaics=320)
 
@@ -42,7 +43,7 @@ def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
     """torchvision's, on strides 8 to 128; P6 comes from the last map.  Classes with background."""
     sides = anchor * 2 ** (np.arange(15).reshape(5, 3) / 3)
     pyramid = Pyramid(backbone, width, 1, LastLevelP6P7(backbone.num_features, width))
-    anchors = AnchorGenerator(sides.tolist(), ((0.5, 1.0, 2.0),) * 5)
+    anchors = AnchorGenerator(sides.tolist(), RATIOS)
     return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **kwargs)
 
 
@@ -51,7 +52,7 @@ def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
     sides = tuple((anchor * 2 ** i,) for i in range(5))
     return MaskRCNN(
         Pyramid(backbone, width, 0, LastLevelMaxPool()),
-        rpn_anchor_generator=AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 5),
+        rpn_anchor_generator=AnchorGenerator(sides, RATIOS),
         box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
         box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=heads.MaskRCNNHeads(width, (width,) * 4, 1),
@@ -90,9 +91,10 @@ def entries(number, objects):
     """Objects of an image as COCO's annotations."""
     columns = dict(category_id=objects["labels"].tolist())
     columns["bbox"] = ops.box_convert(objects["boxes"], "xyxy", "xywh").tolist()
-    for theirs, ours in (("score", "scores"), ("iscrowd", "iscrowd"), ("area", "area")):
-        if ours in objects:
-            columns[theirs] = objects[ours].tolist()
+    columns["score"] = objects.get("scores", objects["labels"]).tolist()
+    for name in ("iscrowd", "area"):                                # of the truth
+        if name in objects:
+            columns[name] = objects[name].tolist()
     if "masks" in objects:
         masks = np.asarray(objects["masks"], np.uint8)
         columns["segmentation"] = [rle.encode(np.asfortranarray(mask)) for mask in masks]
@@ -102,13 +104,12 @@ def entries(number, objects):
     return listed
 
 
-def average_precision(images, truth, found, classes, kind):
+def average_precision(truth, found, kind):
     """AP and AP50 in %, from pycocotools; `kind` is "bbox" or "segm"."""
     if not found:
         return 0.0, 0.0
     true = coco.COCO()
-    categories = [dict(id=label) for label in range(1, classes)]
-    true.dataset = dict(info={}, images=images, annotations=truth, categories=categories)
+    true.dataset = truth
     with contextlib.redirect_stdout(io.StringIO()):                 # it prints
         true.createIndex()
         score = cocoeval.COCOeval(true, true.loadRes(found), kind)
@@ -120,20 +121,21 @@ def average_precision(images, truth, found, classes, kind):
 
 def evaluate(model, items, args):
     """AP of boxes or, if there are any, masks; and a line that says more."""
-    mine = [[], [], []]                                             # images, truth, found
+    mine = []                                                       # (image, truth, found)
     for i, (image, target) in enumerate(items):
         number = RANK + i * WORLD_SIZE + 1
         _, H, W = image.shape
-        mine[0].append(dict(id=number, height=H, width=W))
-        mine[1].extend(entries(number, target))
-        mine[2].extend(entries(number, find(model, image, 0)))
+        found = entries(number, find(model, image, 0))
+        mine.append((dict(id=number, height=H, width=W), entries(number, target), found))
     everyone = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
         torch.distributed.all_gather_object(everyone, mine)
-    joined = [sum(lists, []) for lists in zip(*everyone)]
+    images, objects, found = zip(*sum(everyone, []))
+    categories = [dict(id=label) for label in range(1, len(items.dataset.classes))]
+    truth = dict(info={}, images=images, annotations=sum(objects, []), categories=categories)
     parts = []
     for kind in ("bbox", "segm") if args.framework == "mask_rcnn" else ("bbox",):
-        ap, ap50 = average_precision(*joined, len(items.dataset.classes), kind)
+        ap, ap50 = average_precision(truth, sum(found, []), kind)
         parts.append(f"{kind} AP {ap:.1f} %, AP50 {ap50:.1f} %")
     return ap, "; ".join(parts)
 

@@ -10,7 +10,6 @@ ADE20K is a folder with {images,annotations}/{training,validation}/ and objectIn
 per class.  A label is a PNG of 8 bits with one channel: 0 and 255 are none, then come the classes.
 The third line is the paper's run, 8 x 2 images; one GPU takes 8 x 2 one after the other.
 """
-import functools
 import sys
 
 import dense
@@ -25,10 +24,8 @@ from train_minimal import normalize
 RECIPES = {"framework": {    # Appendix C and Table 8
     "semantic_fpn": {},
     "upernet": dict(steps=160_000, power=1.0, lr=6e-5, weight_decay=1e-2, width=512)}}
-# `size` is that of crops, and of the shorter side of images; `multi_scale` is MS in Table 4.
-SETTINGS = dict(steps=80_000, power=0.9, size=512, multi_scale=False)
-MOSAIC = dict(steps=450, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)                          # 4.3
+SETTINGS = dict(steps=80_000, power=0.9, size=512)  # of crops, and of the shorter side of images
+MOSAIC = dict(steps=1000, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
 
 
 def resize(x, like):
@@ -46,8 +43,8 @@ class SemanticFPN(nn.Module):
         for i in range(len(backbone.channels)):
             layers = [conv(width, width // 2)]
             for _ in range(1, i):                                   # i times conv and 2x up
-                double = nn.Upsample(scale_factor=2, mode="bilinear")
-                layers.extend([double, conv(width // 2, width // 2)])
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+                layers.append(conv(width // 2, width // 2))
             self.scale.append(nn.Sequential(*layers))
         self.classify = nn.Conv2d(width // 2, num_classes, 1)
 
@@ -63,26 +60,29 @@ class UperNet(nn.Module):
     """Unified Perceptual Parsing (Xiao et al., 2018), as in MMSegmentation: images -> logits, in
     training also those of an auxiliary head on the third map."""
 
-    def __init__(self, backbone, num_classes=150, width=512, bins=(1, 2, 3, 6)):
+    def __init__(self, backbone, num_classes=150, width=512):
         super().__init__()
         self.backbone = backbone
         *channels, last = backbone.channels
-        self.pool = nn.ModuleList()
-        for n in bins:
-            self.pool.append(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(last, width, 1)))
-        self.bottleneck = conv(last + len(bins) * width, width)
+        self.bins = (1, 2, 3, 6)                                    # a side
+        self.pool = nn.ModuleList(conv(last, width, 1) for _ in self.bins)
+        self.bottleneck = conv(last + 4 * width, width)
         self.lateral = nn.ModuleList(conv(C, width, 1) for C in channels)
         self.smooth = nn.ModuleList(conv(width, width) for _ in channels)
         self.join = conv(len(backbone.channels) * width, width)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
         self.auxiliary = nn.Sequential(
-            conv(channels[-1], width // 2), nn.Dropout2d(0.1),
+            conv(channels[-1], width // 2),
+            nn.Dropout2d(0.1),
             nn.Conv2d(width // 2, num_classes, 1))
 
     def forward(self, images):
         *maps, last = self.backbone.forward_features(images)        # (B, C_i, ⌈H/s⌉, ⌈W/s⌉) each
-        pooled = [resize(pool(last), last) for pool in self.pool]
-        above = self.bottleneck(torch.cat([last, *pooled], dim=1))  # (B, width, ⌈H/32⌉, ⌈W/32⌉)
+        together = [last]
+        for n, layer in zip(self.bins, self.pool):
+            pooled = layer(F.adaptive_avg_pool2d(last, n))          # (B, width, n, n)
+            together.append(resize(pooled, last))
+        above = self.bottleneck(torch.cat(together, dim=1))         # (B, width, ⌈H/32⌉, ⌈W/32⌉)
         levels = [resize(above, maps[0])]
         for i in reversed(range(len(maps))):
             above = self.lateral[i](maps[i]) + resize(above, maps[i])
@@ -110,8 +110,8 @@ def loss(net, images, labels):
 
 
 @torch.no_grad()
-def multi_scale(model, images, scales=SCALES):
-    """MS: probabilities (B, classes, H, W), averaged over scales and horizontal flips."""
+def multi_scale(model, images, scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)):
+    """For MS in Table 4: probabilities (B, classes, H, W), averaged over scales and flips."""
     total = 0
     for scale in scales:
         scaled = F.interpolate(images, scale_factor=scale, mode="bilinear")
@@ -144,9 +144,8 @@ def mean_iou(predict, batches, classes):
 
 def evaluate(model, items, args):
     """Mean IoU, and a line that says more."""
-    predict = functools.partial(multi_scale, model) if args.multi_scale else model
     pairs = ((normalize(image[None]), labels[None]) for image, labels in items)
-    iou, pixels = mean_iou(predict, pairs, len(items.dataset.classes))
+    iou, pixels = mean_iou(model, pairs, len(items.dataset.classes))
     return iou, f"mean IoU {iou:.1f} %, {pixels:.1f} % of pixels"
 
 
@@ -161,8 +160,7 @@ def describe(labels, classes):
     """Label, text and mask of each class that occurs, and no boxes."""
     found = labels[labels != NONE].unique()
     masks = labels == found[:, None, None]                          # (n, H, W)
-    parts = 100 * masks.float().mean((1, 2))
-    texts = [f"{classes[label]} {part:.0f} %" for label, part in zip(found, parts)]
+    texts = [classes[label] for label in found]
     return found.tolist(), texts, masks, ()
 
 
