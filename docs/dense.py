@@ -6,6 +6,7 @@ references: aspect-ratio grouping, SyncBN, EMA.
 """
 import functools
 import importlib.util
+import json
 import math
 import pathlib
 import sys
@@ -181,6 +182,7 @@ def train(program, model, train_set, val_set, steps, run, args):
             if scored and score == max(entry["score"] for entry in log):
                 save(state, args.output / "best.pt")
             save(state, args.output / "last.pt")
+            (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
 
 
 def main(program, argv=None):

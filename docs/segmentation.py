@@ -16,7 +16,7 @@ import dense
 import torch
 import torch.nn.functional as F
 from dense_data import ADE20K as Data, NONE, labels_of as view  # noqa: F401
-from dense import DEVICE, WORLD_SIZE, Pyramid, open_image  # noqa: F401
+from dense import DEVICE, WORLD_SIZE, Pyramid, UserError, open_image  # noqa: F401
 from torch import nn
 from torchvision.ops import Conv2dNormActivation as conv            # convolution, BatchNorm, ReLU
 from train_minimal import normalize
@@ -95,6 +95,8 @@ class UperNet(nn.Module):
 
 
 def build(backbone, num_classes, args):
+    if args.batch_size < 2:
+        raise UserError("batch normalization needs two images or more: --batch-size 2")
     framework = UperNet if args.framework == "upernet" else SemanticFPN
     return framework(backbone, num_classes, args.width)
 
