@@ -33,8 +33,7 @@ del GENERAL["compile"]
 # the warm-up it is multiplied by (1 - progress) ** power, and by a tenth after each fall.
 SETTINGS = dict(
     batch_size=2, accum=max(1, 8 // WORLD_SIZE), steps=0, epochs=0, lr=1e-4, warmup_steps=0,
-    power=0.0, fall=1.0, second_fall=1.0, weight_decay=1e-4, clip_grad=math.inf,
-    width=256, mosaics=1600, seed=0)
+    power=0.0, fall=1.0, second_fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, seed=0)
 
 
 def recipe(program, known):
@@ -44,8 +43,7 @@ def recipe(program, known):
         choice = known.get(name, next(iter(choices)))
         if choice not in choices:
             raise UserError(f"{name} must be one of {list(choices)}, not {choice!a}")
-        settings.update(choices[choice])
-        settings[name] = choice
+        settings.update(choices[choice], **{name: choice})
     if not known["data"] or (pathlib.Path(known["data"]) / "train").is_dir():
         settings.update(program.MOSAIC)
     return settings
@@ -55,8 +53,7 @@ def parse_args(program, argv=None):
     """The settings by train_minimal.py's rule, and the checkpoint, {} for a new run."""
     args, run = train_minimal.parse_args(
         argv, program.__doc__, GENERAL, functools.partial(recipe, program), "framework")
-    saved = run.get("settings", {})
-    if (run or args.eval or args.predict) and "framework" not in saved:
+    if (run or args.eval or args.predict) and "framework" not in run.get("settings", {}):
         raise UserError(f"{str(args.init)!a} must be a file that this program has saved")
     vars(args).update(compile=False, aug_repeats=1, init="" if run else args.init)
     return args, run
@@ -126,7 +123,7 @@ def train_step(program, net, optimizer, batches, step, args):
         total += loss.detach() / WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_reduce(total)
-    torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad, error_if_nonfinite=True)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), math.inf, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
@@ -150,8 +147,7 @@ def train(program, model, train_set, val_set, steps, run, args):
     every = math.ceil(args.steps / 10) or steps
     args.epochs = math.ceil(total / steps)                          # at least
     start, log = run.get("step", 0), run.get("log", [])
-    optimizer = torch.optim.AdamW(
-        model.parameters(), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     if run:
         optimizer.load_state_dict(run["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
@@ -177,8 +173,7 @@ def train(program, model, train_set, val_set, steps, run, args):
         if RANK == 0 and (scored or done % args.save_every == 0):
             state = dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), config=model.config,
-                settings=args.settings, classes=train_set.classes, steps=steps, step=done,
-                log=log)
+                settings=args.settings, classes=train_set.classes, steps=steps, step=done, log=log)
             if scored and score == max(entry["score"] for entry in log):
                 save(state, args.output / "best.pt")
             save(state, args.output / "last.pt")
@@ -196,19 +191,18 @@ def main(program, argv=None):
     classes = val_set.classes
     if run.get("classes", classes) != classes:
         raise UserError("the run has other classes than the data")
-    if not args.eval:
-        train_set = load_data(program, args, "train")
-        if train_set.classes != classes:
-            raise UserError("train and val must have the same classes")
-        steps = len(train_set) // args.step_size                    # per epoch
-        train_minimal.check_run(run, steps, classes, args)
-        torch.manual_seed(args.seed)
-    model = build_model(program, args, run, classes)
     if args.eval:
-        say(evaluate(program, model, val_set, args)[1])
-    else:
-        train(program, model, train_set, val_set, steps, run, args)
-        show(program, model, val_set, args.output / f"{args.framework}.png")
+        model = build_model(program, args, run, classes)
+        return say(evaluate(program, model, val_set, args)[1])
+    train_set = load_data(program, args, "train")
+    if train_set.classes != classes:
+        raise UserError("train and val must have the same classes")
+    steps = len(train_set) // args.step_size                        # per epoch
+    train_minimal.check_run(run, steps, classes, args)
+    torch.manual_seed(args.seed)
+    model = build_model(program, args, run, classes)
+    train(program, model, train_set, val_set, steps, run, args)
+    show(program, model, val_set, args.output / f"{args.framework}.png")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

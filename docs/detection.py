@@ -1,16 +1,16 @@
 """RetinaNet and Mask R-CNN on ScalableViT (Table 3).  Needs pip install '.[detection]'
 
-    python docs/detection.py                        a small Mask R-CNN on mosaics of digits
+    python docs/detection.py                        a small RetinaNet on mosaics of digits
     python docs/detection.py --data DIR             on mosaics of images of DIR/{train,val}/CLASS/*
     torchrun --nproc_per_node=8 docs/detection.py --data COCO --model s --init published.pth
     python docs/detection.py --predict photo.jpg    writes photo.detection.png
 
 COCO is a folder with {train,val}2017/ and annotations/instances_{train,val}2017.json.  The third
 line is the paper's run, 8 x 2 images; one GPU takes 8 x 2 one after the other.  For the backward
-pass S keeps 4.81 GiB per image of 800 x 1344 in float32, 0.23 GiB with --checkpointing.  New layers
-have torchvision's initialization.
+pass S keeps 4.81 GiB per image of 800 x 1344 in float32, 0.23 GiB with --checkpointing.
 """
 import contextlib
+import functools
 import io
 import sys
 
@@ -23,28 +23,35 @@ from pycocotools import coco, cocoeval, mask as rle
 from torchvision import ops
 from torchvision.models.detection import MaskRCNN, RetinaNet, faster_rcnn, mask_rcnn as heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 RECIPES = {                  # Appendix C and Table 8
-    "framework": {"mask_rcnn": dict(lr=2e-4), "retinanet": {}},
+    "framework": {"retinanet": {}, "mask_rcnn": dict(lr=2e-4)},
     "schedule": {
         "1x": dict(epochs=12, fall=8 / 12, second_fall=11 / 12),
         "3x": dict(epochs=36, fall=27 / 36, second_fall=33 / 36, lr=1e-4, weight_decay=5e-2,
                    min_size=480)}}
 # The shorter side of an image is `size`, in training from `min_size` on, and the longer at most 5/3
-# of that.  `anchor` is the smallest one's side.  Mask R-CNN's second stage learns from `regions`.
-SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, regions=512)
+# of that.  `anchor` is the smallest one's side.  `groups` are those of GroupNorm in RetinaNet's
+# heads, 0 for none.  Mask R-CNN's second stage learns from `regions`.
+SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, groups=0, regions=512)
+MOSAIC = dict(                                                      # from nothing: with GroupNorm
+    epochs=10, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, power=0.9, fall=1.0,
+    second_fall=1.0, size=80, min_size=80, width=48, anchor=24, groups=8, regions=16, mosaics=1280)
 RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
-MOSAIC = dict(epochs=8, warmup_steps=50, batch_size=8, accum=1, lr=2e-3, size=80, min_size=80,
-              width=48, anchor=16, regions=32, mosaics=320)
 
 
-def retinanet(backbone, num_classes=81, width=256, anchor=32, **kwargs):
+def retinanet(backbone, num_classes=81, width=256, anchor=32, groups=0, **kwargs):
     """torchvision's, on strides 8 to 128; P6 comes from the last map.  Classes with background."""
     sides = anchor * 2 ** (np.arange(15).reshape(5, 3) / 3)
-    pyramid = Pyramid(backbone, width, 1, LastLevelP6P7(backbone.num_features, width))
-    anchors = AnchorGenerator(sides.tolist(), RATIOS)
-    return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **kwargs)
+    norm = functools.partial(torch.nn.GroupNorm, groups) if groups else None
+    return RetinaNet(
+        Pyramid(backbone, width, 1, LastLevelP6P7(backbone.num_features, width)),
+        num_classes,
+        anchor_generator=AnchorGenerator(sides.tolist(), RATIOS),
+        head=RetinaNetHead(width, 9, num_classes, norm),
+        **kwargs)
 
 
 def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
@@ -65,7 +72,7 @@ def build(backbone, num_classes, args):
     kwargs = dict(width=args.width, anchor=args.anchor,
                   min_size=sides, max_size=args.size * 1333 // 800)
     if args.framework == "retinanet":
-        return retinanet(backbone, num_classes, **kwargs)
+        return retinanet(backbone, num_classes, groups=args.groups, **kwargs)
     return mask_rcnn(backbone, num_classes, box_batch_size_per_image=args.regions, **kwargs)
 
 
@@ -98,10 +105,8 @@ def entries(number, objects):
     if "masks" in objects:
         masks = np.asarray(objects["masks"], np.uint8)
         columns["segmentation"] = [rle.encode(np.asfortranarray(mask)) for mask in masks]
-    listed = []
-    for i, row in enumerate(zip(*columns.values())):
-        listed.append(dict(zip(columns, row), image_id=number, id=10 ** 6 * number + i))
-    return listed
+    return [dict(zip(columns, row), image_id=number, id=10 ** 6 * number + i)
+            for i, row in enumerate(zip(*columns.values()))]
 
 
 def average_precision(truth, found, kind):

@@ -128,7 +128,7 @@ def mean_iou(predict, batches, classes):
 
     Labels may be any integers; those outside of 0 ... classes - 1 are ignored.
     """
-    counts = torch.zeros(classes, classes, dtype=torch.long, device=DEVICE)
+    counts = torch.zeros(classes, classes, device=DEVICE).long()
     for images, labels in batches:
         labels = labels.long().to(DEVICE)
         found = resize(predict(images), labels).argmax(1)
@@ -138,10 +138,9 @@ def mean_iou(predict, batches, classes):
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(counts)
     right = counts.diag()
-    union = counts.sum(0) + counts.sum(1) - right
-    iou = (right / union).nanmean()
+    iou = right / (counts.sum(0) + counts.sum(1) - right)
     pixels = right.sum() / counts.sum()
-    return 100 * iou.item(), 100 * pixels.item()
+    return 100 * iou.nanmean().item(), 100 * pixels.item()
 
 
 def evaluate(model, items, args):
