@@ -110,7 +110,7 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
         parser.add_argument("--" + key.replace("_", "-"), help=f"default: {value!r}", **kind)
 
     given = vars(parser.parse_args(argv))
-    known.update(given)
+    known |= given
     output = pathlib.Path(known["output"] or f"runs/{(numbers | known)[name]}")
     use = given.get("eval") or "predict" in given                   # rather than train
     weights = given.get("init", output / "best.pt") if use else output / "last.pt"
@@ -118,7 +118,7 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
         weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
-    known.update(saved | given, output=output)
+    known |= saved | given | {"output": output}
     args = argparse.Namespace(**recipe(known) | known)
     if run or use:
         args.init = weights

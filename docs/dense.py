@@ -1,8 +1,7 @@
 """What detection.py and segmentation.py share: settings, the training loop and pictures.
 
-Settings, stopping and going on are train_minimal.py's.  A program is a module with RECIPES,
-SETTINGS, MOSAIC, Data, view, build, loss, evaluate, find and describe.  Left out of torchvision's
-references: aspect-ratio grouping, SyncBN, EMA.
+Settings and stopping are train_minimal.py's; what each program adds, detection.py shows.  Left out
+of torchvision's references: aspect-ratio grouping, SyncBN, EMA.
 """
 import functools
 import importlib.util
@@ -30,14 +29,13 @@ GENERAL = dict(train_minimal.GENERAL, checkpointing=False)          # of the bac
 GENERAL["fuse"] = importlib.util.find_spec("scalablevit_kernels") is not None
 del GENERAL["compile"]
 # Appendix C and Table 8.  lr is for 16 images per step and scales linearly with their number; after
-# the warm-up it is multiplied by (1 - progress) ** power, and by a tenth after each fall.
+# the warm-up it decays as (1 - progress) ** power, and at `fall` and 11/12 it drops to a tenth.
 SETTINGS = dict(
     batch_size=2, accum=max(1, 8 // WORLD_SIZE), steps=0, epochs=0, lr=1e-4, warmup_steps=0,
-    power=0.0, fall=1.0, second_fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, seed=0)
+    power=0.0, fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, seed=0)
 
 
 def recipe(program, known):
-    """The settings for the program's choices and the data."""
     settings = dict(SETTINGS, **program.SETTINGS)
     for name, choices in program.RECIPES.items():
         choice = known.get(name, next(iter(choices)))
@@ -77,7 +75,9 @@ class Pyramid(torch.nn.Module):
 
     def __init__(self, backbone, width, first=0, extra=None):
         super().__init__()
-        self.backbone, self.first, self.out_channels = backbone, first, width
+        self.backbone = backbone
+        self.first = first
+        self.out_channels = width
         self.fpn = ops.FeaturePyramidNetwork(backbone.channels[first:], width, extra)
 
     def forward(self, images):
@@ -107,7 +107,7 @@ def train_step(program, net, optimizer, batches, step, args):
     """One optimizer step on accum batches; returns the mean loss of all processes."""
     net.train()
     progress = step / args.total
-    falls = (progress >= args.fall) + (progress >= args.second_fall)
+    falls = (progress >= args.fall) * (1 + (progress >= 11 / 12))
     warmup = min(1, (step + 1) / max(1, args.warmup_steps))
     rate = args.lr * args.step_size / 16 * warmup * (1 - progress) ** args.power * 0.1 ** falls
     for group in optimizer.param_groups:
@@ -129,7 +129,6 @@ def train_step(program, net, optimizer, batches, step, args):
     return total.item()
 
 
-@torch.no_grad()
 def evaluate(program, model, dataset, args):
     """The program's score and its text; each process evaluates its share of the images."""
     if WORLD_SIZE > 1:
@@ -146,7 +145,8 @@ def train(program, model, train_set, val_set, steps, run, args):
     total = args.total = args.steps or args.epochs * steps
     every = math.ceil(args.steps / 10) or steps
     args.epochs = math.ceil(total / steps)                          # at least
-    start, log = run.get("step", 0), run.get("log", [])
+    start = run.get("step", 0)
+    log = run.get("log", [])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     if run:
         optimizer.load_state_dict(run["optimizer"])
@@ -163,9 +163,8 @@ def train(program, model, train_set, val_set, steps, run, args):
         scored = done % every == 0 or done == total
         if scored or done % 50 == 0:
             seconds = (time.time() - began) / (done - start)
-            rate = optimizer.param_groups[0]["lr"]
-            say(f"step {done}/{total}  loss {loss:.3f}  lr {rate:.1e}  {seconds:.3f} s per step  "
-                f"{seconds * (total - done) / 60:.0f} min left")
+            say(f"step {done}/{total}  loss {loss:.3f}  lr {optimizer.param_groups[0]['lr']:.1e}  "
+                f"{seconds:.3f} s per step  {seconds * (total - done) / 60:.0f} min left")
         if scored:
             score, text = evaluate(program, model, val_set, args)
             log.append(dict(step=done, loss=loss, score=score))
@@ -188,19 +187,18 @@ def main(program, argv=None):
     if WORLD_SIZE > 1:
         dist.init_process_group()
     val_set = load_data(program, args, "val")
-    classes = val_set.classes
-    if run.get("classes", classes) != classes:
+    if run.get("classes", val_set.classes) != val_set.classes:
         raise UserError("the run has other classes than the data")
     if args.eval:
-        model = build_model(program, args, run, classes)
+        model = build_model(program, args, run, val_set.classes)
         return say(evaluate(program, model, val_set, args)[1])
     train_set = load_data(program, args, "train")
-    if train_set.classes != classes:
+    if train_set.classes != val_set.classes:
         raise UserError("train and val must have the same classes")
     steps = len(train_set) // args.step_size                        # per epoch
-    train_minimal.check_run(run, steps, classes, args)
+    train_minimal.check_run(run, steps, val_set.classes, args)
     torch.manual_seed(args.seed)
-    model = build_model(program, args, run, classes)
+    model = build_model(program, args, run, val_set.classes)
     train(program, model, train_set, val_set, steps, run, args)
     show(program, model, val_set, args.output / f"{args.framework}.png")
     if WORLD_SIZE > 1:
@@ -224,15 +222,15 @@ def draw(program, image, found, classes):
     if len(boxes):
         image = utils.draw_bounding_boxes(image, zoom * boxes, colors=colors, width=2)
     picture = v2.to_pil_image(image)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
+    font = ImageFont.load_default(24)
     for i, text in enumerate(texts):
         place = (zoom * boxes[i, :2] + 2).tolist() if len(boxes) else (3, 26 * i)
+        pen = ImageDraw.Draw(picture)
         pen.text(place, text, colors[i], font, stroke_width=2, stroke_fill="black")
     return picture
 
 
 def predict(program, model, run, args):
-    """A picture beside each image, and its objects or classes line by line."""
     for path in args.predict:
         image = open_image(path)
         found = program.find(model, image)
@@ -244,7 +242,6 @@ def predict(program, model, run, args):
 
 
 def show(program, model, dataset, file, side=360):
-    """A picture of the first images: truth above prediction."""
     sheet = Image.new("RGB", (6 * side, 2 * side), "white")
     for i in range(min(6, len(dataset))):
         image, truth = dataset[i, i]

@@ -29,16 +29,15 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 RECIPES = {                  # Appendix C and Table 8
     "framework": {"retinanet": {}, "mask_rcnn": dict(lr=2e-4)},
     "schedule": {
-        "1x": dict(epochs=12, fall=8 / 12, second_fall=11 / 12),
-        "3x": dict(epochs=36, fall=27 / 36, second_fall=33 / 36, lr=1e-4, weight_decay=5e-2,
-                   min_size=480)}}
+        "1x": dict(epochs=12, fall=8 / 12),
+        "3x": dict(epochs=36, fall=27 / 36, lr=1e-4, weight_decay=5e-2, min_size=480)}}
 # The shorter side of an image is `size`, in training from `min_size` on, and the longer at most 5/3
 # of that.  `anchor` is the smallest one's side.  `groups` are those of GroupNorm in RetinaNet's
 # heads, 0 for none.  Mask R-CNN's second stage learns from `regions`.
 SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, groups=0, regions=512)
-MOSAIC = dict(                                                      # from nothing: with GroupNorm
-    epochs=10, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, power=0.9, fall=1.0,
-    second_fall=1.0, size=80, min_size=80, width=48, anchor=24, groups=8, regions=16, mosaics=1280)
+MOSAIC = dict(                                                      # from nothing
+    epochs=10, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, power=0.9, fall=1.0, mosaics=1280,
+    size=80, width=48, anchor=24, groups=8, regions=16)
 RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
 
 
@@ -63,14 +62,15 @@ def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
         box_head=faster_rcnn.TwoMLPHead(7 * 7 * width, 4 * width),
         box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, num_classes),
         mask_head=heads.MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=heads.MaskRCNNPredictor(width, width, num_classes), **kwargs)
+        mask_predictor=heads.MaskRCNNPredictor(width, width, num_classes),
+        **kwargs)
 
 
 def build(backbone, num_classes, args):
     """The framework; images have min_size, ..., size rows or columns in training, size later."""
     sides = tuple(range(min(args.min_size, args.size), args.size + 1))
-    kwargs = dict(width=args.width, anchor=args.anchor,
-                  min_size=sides, max_size=args.size * 1333 // 800)
+    longest = args.size * 1333 // 800
+    kwargs = dict(width=args.width, anchor=args.anchor, min_size=sides, max_size=longest)
     if args.framework == "retinanet":
         return retinanet(backbone, num_classes, groups=args.groups, **kwargs)
     return mask_rcnn(backbone, num_classes, box_batch_size_per_image=args.regions, **kwargs)
@@ -130,14 +130,16 @@ def evaluate(model, items, args):
     for i, (image, target) in enumerate(items):
         number = RANK + i * WORLD_SIZE + 1
         _, H, W = image.shape
+        size = dict(id=number, height=H, width=W)
         found = entries(number, find(model, image, 0))
-        mine.append((dict(id=number, height=H, width=W), entries(number, target), found))
+        mine.append((size, entries(number, target), found))
     everyone = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
         torch.distributed.all_gather_object(everyone, mine)
     images, objects, found = zip(*sum(everyone, []))
     categories = [dict(id=label) for label in range(1, len(items.dataset.classes))]
-    truth = dict(info={}, images=images, annotations=sum(objects, []), categories=categories)
+    truth = dict(
+        info={}, images=images, annotations=sum(objects, []), categories=categories)
     parts = []
     for kind in ("bbox", "segm") if args.framework == "mask_rcnn" else ("bbox",):
         ap, ap50 = average_precision(truth, sum(found, []), kind)
@@ -150,7 +152,8 @@ def describe(objects, classes):
     texts = [classes[label] for label in objects["labels"]]
     if "scores" in objects:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, objects["scores"])]
-    return objects["labels"].tolist(), texts, objects.get("masks", ()), objects["boxes"]
+    masks = objects.get("masks", ())
+    return objects["labels"].tolist(), texts, masks, objects["boxes"]
 
 
 main, load_model, draw = dense.publish(sys.modules[__name__])

@@ -2,8 +2,7 @@
 
     python docs/segmentation.py                     Semantic FPN on mosaics of digits
     python docs/segmentation.py --data DIR          on mosaics of images of DIR/{train,val}/CLASS/*
-    torchrun --nproc_per_node=8 docs/segmentation.py --data ADE20K --framework upernet \\
-        --model s --init published.pth
+    torchrun --nproc_per_node=8 docs/segmentation.py --data ADE20K --model s --init published.pth
     python docs/segmentation.py --predict photo.jpg     writes photo.segmentation.png
 
 ADE20K is a folder with {images,annotations}/{training,validation}/ and objectInfo150.txt, a line
@@ -39,20 +38,21 @@ class SemanticFPN(nn.Module):
     def __init__(self, backbone, num_classes=150, width=256):
         super().__init__()
         self.backbone = Pyramid(backbone, width)
+        head = width // 2
         self.scale = nn.ModuleList()
         for i in range(len(backbone.channels)):
-            layers = [conv(width, width // 2)]
+            layers = [conv(width, head)]
             for _ in range(1, i):                                   # i times conv and 2x up
                 layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
-                layers.append(conv(width // 2, width // 2))
+                layers.append(conv(head, head))
             self.scale.append(nn.Sequential(*layers))
-        self.classify = nn.Conv2d(width // 2, num_classes, 1)
+        self.classify = nn.Conv2d(head, num_classes, 1)
 
     def forward(self, images):
         levels = list(self.backbone(images).values())               # (B, width, ⌈H/s⌉, ⌈W/s⌉) each
         total = 0
         for level, layers in zip(levels, self.scale):
-            total = total + resize(layers(level), levels[0])        # (B, width / 2, ⌈H/4⌉, ⌈W/4⌉)
+            total += resize(layers(level), levels[0])               # (B, width / 2, ⌈H/4⌉, ⌈W/4⌉)
         return resize(self.classify(total), images)
 
 
@@ -82,12 +82,12 @@ class UperNet(nn.Module):
         for n, layer in zip(self.bins, self.pool):
             pooled = layer(F.adaptive_avg_pool2d(last, n))          # (B, width, n, n)
             together.append(resize(pooled, last))
-        above = self.bottleneck(torch.cat(together, dim=1))         # (B, width, ⌈H/32⌉, ⌈W/32⌉)
+        above = self.bottleneck(torch.cat(together, 1))         # (B, width, ⌈H/32⌉, ⌈W/32⌉)
         levels = [resize(above, maps[0])]
         for i in reversed(range(len(maps))):
             above = self.lateral[i](maps[i]) + resize(above, maps[i])
             levels.append(resize(self.smooth[i](above), maps[0]))
-        joined = self.join(torch.cat(levels[::-1], dim=1))          # (B, width, ⌈H/4⌉, ⌈W/4⌉)
+        joined = self.join(torch.cat(levels[::-1], 1))          # (B, width, ⌈H/4⌉, ⌈W/4⌉)
         logits = resize(self.classify(joined), images)
         if not self.training:
             return logits
@@ -105,10 +105,10 @@ def loss(net, images, labels):
     """Cross-entropy; auxiliary logits have weight 0.4."""
     labels = torch.stack(labels).to(DEVICE)
     outputs = net(normalize(torch.stack(images)))
-    if not isinstance(outputs, tuple):
-        return F.cross_entropy(outputs, labels, ignore_index=NONE)
+    if torch.is_tensor(outputs):
+        outputs = [outputs]
     losses = [F.cross_entropy(logits, labels, ignore_index=NONE) for logits in outputs]
-    return losses[0] + 0.4 * losses[1]
+    return losses[0] + 0.4 * sum(losses[1:])
 
 
 @torch.no_grad()
@@ -117,8 +117,8 @@ def multi_scale(model, images, scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)):
     total = 0
     for scale in scales:
         scaled = F.interpolate(images, scale_factor=scale, mode="bilinear")
-        total = total + resize(model(scaled), images).softmax(1)
-        total = total + resize(model(scaled.flip(3)), images).softmax(1).flip(3)
+        total += resize(model(scaled), images).softmax(1)
+        total += resize(model(scaled.flip(3)), images).softmax(1).flip(3)
     return total / (2 * len(scales))
 
 
