@@ -59,11 +59,7 @@ def parse_args(program, argv=None):
 
 def load_data(program, args, split):
     """Mosaics, fresh in training and for validation always the same; else the program's data."""
-    folder = pathlib.Path(args.data or args.output / "digits")
-    if not args.data and RANK == 0 and not folder.exists():
-        train_minimal.draw_digits(folder)
-    if WORLD_SIZE > 1:
-        dist.barrier()                                              # the digits are drawn
+    folder = pathlib.Path(args.data or args.output / "classifier" / "digits")
     if not (folder / "train").is_dir():
         return program.Data(folder, split, args)
     n = args.mosaics if split == "train" else math.ceil(args.mosaics / 8)
@@ -184,6 +180,9 @@ def main(program, argv=None):
     args, run = parse_args(program, argv)
     if args.predict:
         return predict(program, build_model(program, args, run, run["classes"]), run, args)
+    if not (args.data or args.init or run):                         # first learn what digits are
+        args.init = args.output / "classifier" / "best.pt"
+        train_minimal.main(["--epochs", "5", "--output", str(args.init.parent)])
     if WORLD_SIZE > 1:
         dist.init_process_group()
     val_set = load_data(program, args, "val")

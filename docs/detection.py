@@ -35,8 +35,8 @@ RECIPES = {                  # Appendix C and Table 8
 # of that.  `anchor` is the smallest one's side.  `groups` are those of GroupNorm in RetinaNet's
 # heads, 0 for none.  Mask R-CNN's second stage learns from `regions`.
 SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, groups=0, regions=512)
-MOSAIC = dict(                                                      # from nothing
-    epochs=10, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, power=0.9, fall=1.0, mosaics=1280,
+MOSAIC = dict(
+    epochs=8, warmup_steps=50, batch_size=16, accum=1, lr=1e-3, power=0.9, fall=1.0, mosaics=1280,
     size=80, width=48, anchor=24, groups=8, regions=16)
 RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
 

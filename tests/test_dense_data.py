@@ -19,7 +19,7 @@ from dense_data import ADE20K, Coco, Mosaics, NONE, is_mask, labels_of, objects_
 from train_minimal import UserError
 
 H, W = 48, 60
-BOXES = [[(4, 6, 30, 12), (40, 2, 10, 40)], [(10, 20, 40, 10)], []]
+IMAGES = {(H, W): [(4, 6, 30, 12), (40, 2, 10, 40)], (70, 50): [(5, 20, 40, 10)], (40, 40): []}
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 48\nshowpage\n"
 
 
@@ -46,8 +46,8 @@ def content(tmp_path):
     coco = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "high"}, {"id": 3, "name": "wide"}]}
     for folder in ("train2017", "val2017", "annotations"):
         (tmp_path / folder).mkdir()
-    for i, boxes in enumerate(BOXES):
-        image = Image.new("RGB", (W, H))
+    for i, ((height, width), boxes) in enumerate(IMAGES.items()):
+        image = Image.new("RGB", (width, height))
         for x, y, w, h in boxes:
             ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill="white")
             coco["annotations"].append({
@@ -55,9 +55,9 @@ def content(tmp_path):
                 "bbox": [x, y, w, h], "area": w * h, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
         for split in ("train", "val"):
             image.save(tmp_path / f"{split}2017" / f"{i}.png")
-        coco["images"].append({"id": 10 + i, "file_name": f"{i}.png", "height": H, "width": W})
+        coco["images"].append({"id": 10 + i, "file_name": f"{i}.png", "height": height, "width": width})
     coco["annotations"].append({"id": 99, "image_id": 11, "category_id": 3, "iscrowd": 1, "bbox": [0, 0, 5, 5],
-                                "area": 25, "segmentation": {"size": [H, W], "counts": [0, 5, H * W - 5]}})
+                                "area": 25, "segmentation": {"size": [70, 50], "counts": [0, 5, 3495]}})
     return coco
 
 
@@ -90,7 +90,8 @@ def test_flips_apply_to_images_boxes_and_masks_alike(open_coco):
             assert mask.sum() == (x1 - x0) * (y1 - y0)
             assert label == (1 if x1 - x0 > y1 - y0 else 2)
         left.add(target["boxes"][0, 0].item())
-    assert left == {4.0, W - 34.0, 10.0}                            # the second image's box is in the middle
+        assert torch.equal(training[seed % 2, seed][0], image)      # the same for a run that goes on
+    assert left == {4.0, W - 34.0, 5.0}                             # the second image's box is in the middle
 
 
 @pytest.mark.parametrize("ids", [(0, 5), (90, 13)])

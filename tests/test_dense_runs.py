@@ -24,9 +24,10 @@ import detection
 import scalablevit
 import segmentation
 import train_minimal
+from test_dense_data import ade20k, content, EPS, open_coco  # noqa: F401
 from train_minimal import UserError
 
-DETECTION = ["--size", 32, "--min-size", 32, "--width", 8, "--regions", 8, "--batch-size", 2, "--mosaics", 6,
+DETECTION = ["--size", 32, "--width", 8, "--groups", 2, "--regions", 8, "--batch-size", 2, "--mosaics", 6,
              "--epochs", 2, "--warmup-steps", 2]
 SEGMENTATION = ["--size", 32, "--width", 8, "--batch-size", 2, "--mosaics", 8, "--steps", 6]
 PROGRAMS = {
@@ -111,15 +112,15 @@ def stopped(monkeypatch, name, number, *command):
 
 # ---------------------------------------------------------------------------- settings
 @pytest.mark.parametrize("program, choices, expected", [
-    (detection, ["retinanet", "1x"], dict(lr=1e-4, weight_decay=1e-4, epochs=12, min_size=800)),
-    (detection, ["retinanet", "3x"], dict(lr=1e-4, weight_decay=5e-2, epochs=36, min_size=480)),
-    (detection, ["mask_rcnn", "1x"], dict(lr=2e-4, weight_decay=1e-4, epochs=12, min_size=800)),
-    (detection, ["mask_rcnn", "3x"], dict(lr=1e-4, weight_decay=5e-2, epochs=36, min_size=480)),
+    (detection, ["retinanet"], dict(lr=1e-4, weight_decay=1e-4, epochs=12, min_size=800)),
+    (detection, ["retinanet", "--schedule", "3x"], dict(lr=1e-4, weight_decay=5e-2, epochs=36, min_size=480)),
+    (detection, ["mask_rcnn"], dict(lr=2e-4, weight_decay=1e-4, epochs=12, min_size=800)),
+    (detection, ["mask_rcnn", "--schedule", "3x"], dict(lr=1e-4, weight_decay=5e-2, epochs=36, min_size=480)),
     (segmentation, ["semantic_fpn"], dict(lr=1e-4, weight_decay=1e-4, steps=80_000, power=0.9, size=512)),
     (segmentation, ["upernet"], dict(lr=6e-5, weight_decay=1e-2, steps=160_000, power=1.0, size=512))])
 def test_the_settings_are_appendix_cs_and_table_8s(program, choices, expected, tmp_path):
-    flags = [word for pair in zip(("--framework", "--schedule"), choices) for word in pair]
-    args, _ = dense.parse_args(program, [*flags, "--data", "x", "--output", str(tmp_path)])
+    flags = ["--framework", choices[0], *choices[1:], "--data", "x", "--output", str(tmp_path)]
+    args, _ = dense.parse_args(program, flags)
     assert vars(args).items() >= expected.items()
     assert args.step_size == 16
     if program is detection:
@@ -198,21 +199,6 @@ def test_a_run_stopped_while_it_saves_goes_on(number, data, finished, tmp_path, 
     assert log_of(tmp_path) == log_of(finished("semantic_fpn"))
 
 
-def test_a_step_draws_the_same_numbers_whatever_was_drawn_before():
-    """So does a run that goes on, where dropout and the samples of Mask R-CNN are concerned."""
-    program = argparse.Namespace(loss=lambda net, images, targets: net(images[0]).sum() * torch.rand(()))
-    args = argparse.Namespace(accum=2, seed=0, bf16=False, lr=0.0, total=9, power=0.0, fall=1.0,
-                              warmup_steps=0, step_size=2)
-    net = torch.nn.Linear(2, 2)
-    losses = []
-    for step, before in ((3, 1), (3, 2), (4, 1)):
-        torch.manual_seed(before)
-        batches = iter([[(torch.ones(1, 2), 0)]] * 2)
-        losses.append(dense.train_step(program, net, torch.optim.SGD(net.parameters()), batches, step, args))
-    assert losses[0] == losses[1]
-    assert losses[0] != losses[2]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", PROGRAMS)
 def test_a_file_alone_says_all_that_evaluation_and_prediction_need(framework, finished, tmp_path, capsys):
@@ -261,68 +247,33 @@ def test_what_saves_time_or_memory_changes_losses_little(framework, flags, close
 
 
 @pytest.mark.slow
-def test_digits_are_drawn_where_there_is_no_data(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_minimal, "draw_digits", lambda root: shutil.copytree(data, root))
-    segmentation.main([str(word) for word in [*SEGMENTATION, "--steps", 1, "--output", tmp_path]])
-    assert (tmp_path / "digits" / "train").is_dir()
+def test_without_data_a_classifier_of_digits_comes_first(data, tmp_path, monkeypatch):
+    def classify(argv):
+        folder = pathlib.Path(argv[-1])
+        shutil.copytree(data, folder / "digits")
+        model = scalablevit.scalablevit_tiny(num_classes=2)
+        train_minimal.save({"model": model.state_dict(), "config": model.config}, folder / "best.pt")
+    monkeypatch.setattr(train_minimal, "main", classify)
+    segmentation.main([str(word) for word in [*SEGMENTATION, "--steps", 1, "--lr", 1e-9, "--output", tmp_path]])
     assert state_of(tmp_path)["classes"] == ["background", "green", "red"]
+    classifier = torch.load(tmp_path / "classifier" / "best.pt", weights_only=True)["model"]
+    weight = state_of(tmp_path)["model"]["backbone.backbone.stages.0.embed.conv.weight"]
+    assert torch.allclose(weight, classifier["stages.0.embed.conv.weight"], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- COCO and ADE20K
-@pytest.fixture
-def folder(tmp_path):
-    """COCO and ADE20K in one: three pictures of different shapes; ids begin at 0; no iscrowd, no area."""
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\tleft\n2\tright\n")
-    for split, ade20k in (("train", "training"), ("val", "validation")):
-        content = {"images": [], "annotations": [],
-                   "categories": [{"id": 0, "name": "left"}, {"id": 9, "name": "right"}]}
-        for name in (f"{split}2017", f"images/{ade20k}", f"annotations/{ade20k}"):
-            (tmp_path / name).mkdir(parents=True)
-        for i, (H, W) in enumerate([(50, 30), (30, 60), (40, 40)]):
-            labels = np.ones((H, W), np.uint8)
-            labels[:, W // 2:] = 2
-            labels[-5:] = 0
-            Image.fromarray(labels).save(tmp_path / f"annotations/{ade20k}/{i}.png")
-            for name in (f"{split}2017", f"images/{ade20k}"):
-                Image.fromarray(90 * labels).convert("RGB").save(tmp_path / name / f"{i}.jpg")
-            content["images"].append({"id": i, "file_name": f"{i}.jpg", "height": H, "width": W})
-            for category, x in ((0, 0), (9, W // 2)):
-                corners = [x, 0, x + W // 2, 0, x + W // 2, H, x, H]
-                content["annotations"].append({
-                    "id": len(content["annotations"]), "image_id": i, "category_id": category,
-                    "bbox": [x, 0, W // 2 + 0.005, H], "segmentation": [corners]})
-        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
-    return tmp_path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", PROGRAMS)
-def test_pictures_of_any_shape_are_trained_on_to_the_last_picture(framework, folder, tmp_path):
-    batch = 1 if PROGRAMS[framework][0] is detection else 2
-    output = run(framework, folder, tmp_path / "run", "--accum", 1, "--batch-size", batch)
-    assert state_of(output)["step"] == 6
-    assert state_of(output)["classes"][-2:] == ["left", "right"]
+def test_pictures_of_any_shape_are_trained_on_to_the_last_picture(framework, request, tmp_path):
+    kind, batch, classes = "ade20k", 2, [f"name {i}" for i in range(1, 151)]
+    if PROGRAMS[framework][0] is detection:
+        kind, batch, classes = "open_coco", 1, ["background", "wide", "high"]
+        request.getfixturevalue(kind)()                             # writes the JSON
+    request.getfixturevalue(kind)
+    output = run(framework, tmp_path, tmp_path / "run", "--accum", 1, "--batch-size", batch)
+    assert state_of(output)["step"] in (4, 6)
+    assert state_of(output)["classes"] == classes
     assert (output / f"{framework}.png").exists()
-
-
-@pytest.mark.slow
-def test_a_run_on_coco_that_is_stopped_reads_the_rest_in_the_same_order(folder, tmp_path, monkeypatch):
-    """Also the flips are those of the run that was not stopped."""
-    orders = []
-    loss = detection.loss
-
-    def recording(net, images, targets):
-        orders[-1].append([image.float().mean().item() for image in images] + [t["boxes"].tolist() for t in targets])
-        return loss(net, images, targets)
-    monkeypatch.setattr(detection, "loss", recording)
-    for output, stops in ((tmp_path / "whole", ()), (tmp_path / "pieces", (3,))):
-        orders.append([])
-        command = ["retinanet", folder, output, "--batch-size", 1, "--accum", 1, "--save-every", 1]
-        for number in stops:
-            stopped(monkeypatch, "train_step", number, *command)
-        run(*command)
-    assert orders[0] == orders[1]
 
 
 # ---------------------------------------------------------------------------- two processes
@@ -386,40 +337,26 @@ def refused(framework, *command):
     return str(error.value)
 
 
-def test_fewer_images_than_a_step_takes_are_refused(data, tmp_path):
-    assert "lower --batch-size" in refused("retinanet", data, tmp_path, "--mosaics", 1)
+@pytest.mark.parametrize("framework, flags, words", [
+    ("retinanet", ["--mosaics", 1], "lower --batch-size"), ("semantic_fpn", ["--batch-size", 1], "--batch-size 2"),
+    ("upernet", ["--batch-size", 1], "--batch-size 2"),
+    ("upernet", ["--init", "none.pt"], "none.pt' cannot be loaded")])
+def test_settings_with_which_one_cannot_train_are_refused(framework, flags, words, data, tmp_path):
+    assert words in refused(framework, data, tmp_path, *flags)
 
 
-@pytest.mark.parametrize("framework", ["semantic_fpn", "upernet"])
-def test_a_batch_of_one_is_refused_under_batch_normalization(framework, data, tmp_path):
-    assert "--batch-size 2" in refused(framework, data, tmp_path, "--batch-size", 1)
-
-
-@pytest.mark.parametrize("kind, words", [
-    ("nan", "is not finite"), ("other size", "is no scalablevit_tiny"), ("empty", "cannot be loaded"),
-    ("missing", "cannot be loaded"), ("other names", "cannot be loaded")])
-def test_initial_weights_that_do_not_fit_are_refused(kind, words, data, tmp_path):
+def test_initial_weights_that_do_not_fit_are_refused_and_prefixed_names_are_read(data, tmp_path):
+    file = tmp_path / "init.pt"
     weights = scalablevit.scalablevit_tiny(num_classes=3).state_dict()
-    if kind == "nan":
-        weights["stages.1.embed.norm.weight"][0] = float("nan")
-    if kind == "other size":
-        weights = scalablevit.ScalableViT(dim=8, depths=(1,) * 4, heads=(1,) * 4, num_classes=3, head_hidden=None)
-        weights = {"model": weights.state_dict(), "config": weights.config}
-    if kind == "empty":
-        weights = {}
-    if kind == "other names":
-        weights = {"encoder." + name: weight for name, weight in weights.items()}
-    if kind != "missing":
-        torch.save(weights, tmp_path / "init.pt")
-    message = refused("semantic_fpn", data, tmp_path / "run", "--init", tmp_path / "init.pt")
-    assert words in message
-    assert "init.pt" in message
-
-
-def test_initial_weights_under_prefixed_names_are_those_without(data, tmp_path):
-    weights = scalablevit.scalablevit_tiny(num_classes=3).state_dict()
-    torch.save({"model": {"module." + name: weight for name, weight in weights.items()}}, tmp_path / "init.pt")
-    args, _ = dense.parse_args(segmentation, ["--init", str(tmp_path / "init.pt"), "--output", str(tmp_path)])
+    other = scalablevit.ScalableViT(dim=8, depths=(1,) * 4, heads=(1,) * 4, num_classes=3, head_hidden=None)
+    for content, words in (
+            ({**weights, "stages.1.embed.norm.weight": torch.full((48,), torch.nan)}, "is not finite"), ({}, "loaded"),
+            ({"model": other.state_dict(), "config": other.config}, "is no scalablevit_tiny"),
+            ({"encoder." + name: weight for name, weight in weights.items()}, "loaded")):
+        torch.save(content, file)
+        assert re.search(f"init.pt' .*{words}", refused("semantic_fpn", data, tmp_path / "run", "--init", file))
+    torch.save({"model": {"module." + name: weight for name, weight in weights.items()}}, file)
+    args, _ = dense.parse_args(segmentation, ["--init", str(file), "--output", str(tmp_path)])
     backbone = dense.build_model(segmentation, args, {}, ["a", "b"]).backbone.backbone
     for name, weight in backbone.state_dict().items():
         assert torch.equal(weight, weights[name]), name
@@ -463,6 +400,6 @@ def test_a_file_of_the_other_program_and_an_eps_to_predict_are_refused(finished,
     file = finished("semantic_fpn") / "best.pt"
     with pytest.raises(UserError, match="framework must be one of"):
         detection.load_model(file)
-    (tmp_path / "photo.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 48\nshowpage\n")
+    (tmp_path / "photo.jpg").write_bytes(EPS)
     with pytest.raises(UserError, match="photo.jpg"):
         segmentation.main(["--init", str(file), "--predict", str(tmp_path / "photo.jpg")])
