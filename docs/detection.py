@@ -85,7 +85,7 @@ def loss(net, images, targets):
 
 
 @torch.no_grad()
-def find(model, image, least=0.5):
+def find(model, image, least=0.3):
     """Objects in an image (3, H, W) uint8: boxes, labels, scores above `least`, perhaps masks."""
     found = model.eval()([image.to(DEVICE) / 255])[0]                  # torchvision normalizes
     if "masks" in found:

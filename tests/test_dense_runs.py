@@ -345,6 +345,7 @@ def test_settings_with_which_one_cannot_train_are_refused(framework, flags, word
     assert words in refused(framework, data, tmp_path, *flags)
 
 
+@pytest.mark.slow
 def test_initial_weights_that_do_not_fit_are_refused_and_prefixed_names_are_read(data, tmp_path):
     file = tmp_path / "init.pt"
     weights = scalablevit.scalablevit_tiny(num_classes=3).state_dict()

@@ -102,5 +102,5 @@ def test_an_image_of_any_shape_is_drawn_with_its_boxes_and_names(H, W):
 def test_only_sure_objects_are_found():
     data = one_image(*OBJECTS)
     model = Oracle(data)
-    model.forward = lambda images: [{"boxes": data[0, 0][1]["boxes"], "scores": torch.tensor([0.9, 0.4])}]
+    model.forward = lambda images: [{"boxes": data[0, 0][1]["boxes"], "scores": torch.tensor([0.9, 0.2])}]
     assert detection.find(model, data[0, 0][0])["boxes"].tolist() == [OBJECTS[0]]
