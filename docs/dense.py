@@ -32,7 +32,7 @@ del GENERAL["compile"]
 # the warm-up it decays as (1 - progress) ** power, and at `fall` and 11/12 it drops to a tenth.
 SETTINGS = dict(
     batch_size=2, accum=max(1, 8 // WORLD_SIZE), steps=0, epochs=0, lr=1e-4, warmup_steps=0,
-    power=0.0, fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, seed=0)
+    power=0.0, fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, classify=0, seed=0)
 
 
 def recipe(program, known):
@@ -60,6 +60,10 @@ def parse_args(program, argv=None):
 def load_data(program, args, split):
     """Mosaics, fresh in training and for validation always the same; else the program's data."""
     folder = pathlib.Path(args.data or args.output / "classifier" / "digits")
+    if not args.data and RANK == 0 and not folder.exists():
+        train_minimal.draw_digits(folder)
+    if WORLD_SIZE > 1:
+        dist.barrier()                                              # the digits are drawn
     if not (folder / "train").is_dir():
         return program.Data(folder, split, args)
     n = args.mosaics if split == "train" else math.ceil(args.mosaics / 8)
@@ -94,7 +98,6 @@ def build_model(program, args, run, classes):
 
 
 def load_model(program, file):
-    """The model and the class names in a file that the program has saved."""
     args, run = parse_args(program, ["--eval", "--init", str(file)])
     return build_model(program, args, run, run["classes"]).eval(), run["classes"]
 
@@ -180,9 +183,9 @@ def main(program, argv=None):
     args, run = parse_args(program, argv)
     if args.predict:
         return predict(program, build_model(program, args, run, run["classes"]), run, args)
-    if not (args.data or args.init or run):                         # first learn what digits are
+    if args.classify and not (args.data or args.init or run):       # first learn what digits are
         args.init = args.output / "classifier" / "best.pt"
-        train_minimal.main(["--epochs", "5", "--output", str(args.init.parent)])
+        train_minimal.main(["--epochs", f"{args.classify}", "--output", f"{args.init.parent}"])
     if WORLD_SIZE > 1:
         dist.init_process_group()
     val_set = load_data(program, args, "val")

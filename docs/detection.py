@@ -31,13 +31,12 @@ RECIPES = {                  # Appendix C and Table 8
     "schedule": {
         "1x": dict(epochs=12, fall=8 / 12),
         "3x": dict(epochs=36, fall=27 / 36, lr=1e-4, weight_decay=5e-2, min_size=480)}}
-# The shorter side of an image is `size`, in training from `min_size` on, and the longer at most 5/3
-# of that.  `anchor` is the smallest one's side.  `groups` are those of GroupNorm in RetinaNet's
-# heads, 0 for none.  Mask R-CNN's second stage learns from `regions`.
+# Shorter sides are `size`, in training from `min_size`, longer ones at most 5/3 of that.  `anchor`
+# is the smallest anchor's; `groups` are GroupNorm's in RetinaNet, `regions` those of an R-CNN step.
 SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, groups=0, regions=512)
 MOSAIC = dict(
     epochs=8, warmup_steps=50, batch_size=16, accum=1, lr=1e-3, power=0.9, fall=1.0, mosaics=1280,
-    size=80, width=48, anchor=24, groups=8, regions=16)
+    size=80, width=48, anchor=24, groups=8, regions=16, classify=5)
 RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
 
 

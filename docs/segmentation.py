@@ -24,7 +24,7 @@ RECIPES = {"framework": {    # Appendix C and Table 8
     "semantic_fpn": {},
     "upernet": dict(steps=160_000, power=1.0, lr=6e-5, weight_decay=1e-2, width=512)}}
 SETTINGS = dict(steps=80_000, power=0.9, size=512)  # of crops, and of the shorter side of images
-MOSAIC = dict(steps=800, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
+MOSAIC = dict(steps=1000, warmup_steps=50, batch_size=16, accum=1, lr=2e-3, size=80, width=64)
 
 
 def resize(x, like):
@@ -57,8 +57,7 @@ class SemanticFPN(nn.Module):
 
 
 class UperNet(nn.Module):
-    """Unified Perceptual Parsing (Xiao et al., 2018), as in MMSegmentation: images -> logits, in
-    training also those of an auxiliary head on the third map."""
+    """Unified Perceptual Parsing (Xiao et al., 2018): images -> logits, in training two of them."""
 
     def __init__(self, backbone, num_classes=150, width=512):
         super().__init__()

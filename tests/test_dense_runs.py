@@ -250,11 +250,11 @@ def test_what_saves_time_or_memory_changes_losses_little(framework, flags, close
 def test_without_data_a_classifier_of_digits_comes_first(data, tmp_path, monkeypatch):
     def classify(argv):
         folder = pathlib.Path(argv[-1])
-        shutil.copytree(data, folder / "digits")
         model = scalablevit.scalablevit_tiny(num_classes=2)
         train_minimal.save({"model": model.state_dict(), "config": model.config}, folder / "best.pt")
     monkeypatch.setattr(train_minimal, "main", classify)
-    segmentation.main([str(word) for word in [*SEGMENTATION, "--steps", 1, "--lr", 1e-9, "--output", tmp_path]])
+    monkeypatch.setattr(train_minimal, "draw_digits", lambda root: shutil.copytree(data, root))
+    detection.main([str(word) for word in [*DETECTION, "--epochs", 1, "--lr", 1e-9, "--output", tmp_path]])
     assert state_of(tmp_path)["classes"] == ["background", "green", "red"]
     classifier = torch.load(tmp_path / "classifier" / "best.pt", weights_only=True)["model"]
     weight = state_of(tmp_path)["model"]["backbone.backbone.stages.0.embed.conv.weight"]
