@@ -28,11 +28,12 @@ from torchvision.transforms import v2
 
 import scalablevit
 
-RANK = int(os.environ.get("RANK", 0))                               # torchrun sets it
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+env = os.environ.get
+RANK = int(env("RANK", 0))                                          # torchrun sets it
+WORLD_SIZE = int(env("WORLD_SIZE", 1))
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 if DEVICE.type != "cpu":
-    torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.accelerator.set_device_index(int(env("LOCAL_RANK", 0)))
 CUDA = DEVICE.type == "cuda"
 
 # ---------------------------------------------------------------------------- settings
@@ -73,7 +74,6 @@ TINY = dict(                 # for small sets: crops and flips only
     mixup=0.0, cutmix=0.0, reprob=0.0, randaugment=0, aug_repeats=1)
 DIGITS = dict(TINY, size=56, epochs=8, warmup_epochs=1.0, min_scale=0.5)
 RECIPES = {"tiny": TINY, "s": PAPER, "b": LARGE, "l": LARGE}
-SAVED = [*PAPER, "model", "data", "bf16"]                           # what a run remembers
 
 
 class UserError(Exception):
@@ -85,41 +85,48 @@ def say(text):
         print(text, flush=True)
 
 
-def parse_args(argv=None):
+def recipe(known):
+    """The settings for a model and its data."""
+    return RECIPES[known["model"]] if known["data"] or known["model"] != "tiny" else DIGITS
+
+
+def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="model"):
     """The settings, each from the command line, else the run in --output, else the recipe.
 
-    Returns them and the checkpoint that they go on from, {} for a new run.
+    Returns them and the checkpoint that they go on from, {} for a new run.  The arguments are those
+    of docs/dense.py, whose runs are named after their framework.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)
     parser.add_argument("--model", choices=RECIPES)
     parser.add_argument("--predict", nargs="+")
-    for name, value in dict(GENERAL, **PAPER).items():
+    known = {**general, "model": "tiny", "predict": None}
+    numbers = recipe(known)
+    for key, value in (general | numbers).items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument("--" + name.replace("_", "-"), help=f"default: {value!r}", **kind)
+        parser.add_argument("--" + key.replace("_", "-"), help=f"default: {value!r}", **kind)
 
     given = vars(parser.parse_args(argv))
-    output = pathlib.Path(given.get("output", f"runs/{given.get('model', 'tiny')}"))
+    known |= given
+    output = pathlib.Path(known["output"] or f"runs/{(numbers | known)[name]}")
     use = given.get("eval") or "predict" in given                   # rather than train
     weights = given.get("init", output / "best.pt") if use else output / "last.pt"
     if not use and not weights.exists():                            # stopped in the first save
         weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
-    known = {**GENERAL, "model": "tiny", "predict": None, **saved, **given}
-    recipe = RECIPES[known["model"]] if known["data"] or known["model"] != "tiny" else DIGITS
-    args = argparse.Namespace(**{**recipe, **known})
-    args.output = output
+    known |= saved | given | {"output": output}
+    args = argparse.Namespace(**recipe(known) | known)
     if run or use:
         args.init = weights
     args.step_size = WORLD_SIZE * args.accum * args.batch_size      # images in a step
-    args.settings = {name: getattr(args, name) for name in SAVED}
-    for name, value in saved.items():
-        if args.settings[name] != value:
-            say(f"{name}: {value!a} in {str(weights)!a}, now {args.settings[name]!a}")
+    args.settings = {key: getattr(args, key) for key in [*numbers, "model", "data", "bf16"]}
+    for key in saved:
+        if saved[key] != args.settings.get(key, saved[key]):
+            say(f"{key}: {saved[key]!a} in {str(weights)!a}, now {args.settings[key]!a}")
     return args, run
 
 
@@ -166,7 +173,7 @@ class Images(datasets.ImageFolder):
         super().__init__(root, transform, loader=load_image, is_valid_file=shown)
 
     def find_classes(self, root):
-        names = super().find_classes(root)[0]
+        names, _ = super().find_classes(root)
         classes = [name for name in names if name[0] != "."]
         if len(classes) < 2:
             raise UserError(f"{str(root)!a} must have a folder for each of two or more classes")
@@ -247,10 +254,10 @@ def build_model(args, **changes):
 def build_optimizer(model, args):
     """AdamW, without weight decay for biases, norms and the PEG."""
     exempt = model.no_weight_decay()
-    decayed = [p for name, p in model.named_parameters() if name not in exempt]
-    others = [p for name, p in model.named_parameters() if name in exempt]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": [], "weight_decay": args.weight_decay},
+              {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        groups[name in exempt]["params"].append(p)
     return torch.optim.AdamW(groups, fused=True)
 
 
@@ -268,9 +275,15 @@ def augment(images, labels, args):
     """Random erasing, then MixUp or CutMix: images (B, 3, size, size), labels (B,) or (B, n)."""
     erase = v2.RandomErasing(args.reprob, value="random")
     images = torch.stack([erase(image) for image in images])
-    mixes = [v2.MixUp(alpha=args.mixup, num_classes=args.num_classes)] if args.mixup else []
-    mixes += [v2.CutMix(alpha=args.cutmix, num_classes=args.num_classes)] if args.cutmix else []
+    mixes = []
+    for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)):
+        if alpha:
+            mixes.append(mix(alpha=alpha, num_classes=args.num_classes))
     return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)
+
+
+def autocast(args):
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
 
 
 def train_step(model, optimizer, batches, step, epoch, args):
@@ -284,7 +297,7 @@ def train_step(model, optimizer, batches, step, epoch, args):
         torch.manual_seed(hash((args.seed, step, i, RANK)))         # a resumed run draws the same
         images, labels = augment(normalize(images), labels.to(DEVICE), args)
         model.require_backward_grad_sync = i + 1 == args.accum      # DDP averages once per step
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
+        with autocast(args):
             loss = F.cross_entropy(model(images), labels, label_smoothing=args.label_smoothing)
         loss /= args.accum
         loss.backward()
@@ -304,9 +317,9 @@ def evaluate(model, dataset, args):
         dataset, args.batch_size, sampler=[(i, 0) for i in range(RANK, len(dataset), WORLD_SIZE)],
         num_workers=args.workers)
     for images, labels in loader:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
-            logits = model(normalize(images))                       # (B, classes)
-        hits += (logits.argmax(1) == labels.to(DEVICE)).sum()
+        with autocast(args):
+            found = model(normalize(images)).argmax(1)              # (B,)
+        hits += (found == labels.to(DEVICE)).sum()
     if WORLD_SIZE > 1:
         dist.all_reduce(hits)
     return 100 * hits.item() / len(dataset)

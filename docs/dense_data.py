@@ -28,7 +28,7 @@ class Mosaics(Dataset):
 
     def __init__(self, root, n, size, view, side=2):
         self.images = Images(root, transform=None)
-        self.classes = self.images.classes
+        self.classes = ["background", *self.images.classes]
         self.n, self.size, self.view, self.side = n, size, view, side
 
     def __len__(self):
@@ -37,7 +37,7 @@ class Mosaics(Dataset):
     def __getitem__(self, key):
         rng = np.random.default_rng(key[1] % 2 ** 63)
         squares = np.indices((self.side, self.side)).reshape(2, -1).T               # (cells, 2)
-        centers = (squares + rng.uniform(0, 1, squares.shape)) * self.size / self.side
+        centers = (squares + rng.uniform(0.25, 0.75, squares.shape)) * self.size / self.side
         pixels = np.indices((self.size, self.size)).reshape(2, -1, 1)               # (2, size², 1)
         distances = np.linalg.norm(pixels - centers.T[:, None], axis=0)
         nearest = distances.argmin(1).reshape(self.size, self.size)
@@ -47,9 +47,7 @@ class Mosaics(Dataset):
         for cell in np.unique(nearest):
             inside = nearest == cell
             rows, columns = inside.nonzero()
-            top, bottom = rows.min(), rows.max() + 1
-            left, right = columns.min(), columns.max() + 1
-            box = np.s_[top:bottom, left:right]
+            box = np.s_[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
             inside = inside[box]                                    # (height, width) of the cell
             patch, label = self.fill(inside.shape[::-1], rng)
             image[box][inside] = patch[inside]
@@ -99,22 +97,23 @@ def is_mask(mask, H, W):
 class Coco(Dataset):
     """A split of a COCO folder: (index, seed) -> image (3, H, W) uint8 and its objects.
 
-    Labels are 1 ... n in the order of the categories' ids.  Left out and counted: boxes outside
-    the image, and with `masks` images with an object that has none; in training also crowds, and
-    images without objects.
+    Labels are 1 ... n in the order of the categories' ids.  Left out and counted: boxes outside the
+    image, and for Mask R-CNN images with an object without mask; in training also what is a crowd,
+    and images without objects.
     """
 
-    def __init__(self, root, split, masks=True):
+    def __init__(self, root, split, args):
         self.file = root / "annotations" / f"instances_{split}2017.json"
-        self.folder, self.training, self.masks = root / f"{split}2017", split == "train", masks
-        self.entry, self.classes = None, []                         # what is being read; names
+        self.folder, self.training = root / f"{split}2017", split == "train"
+        self.masks = args.framework == "mask_rcnn"
+        self.entry, self.classes = None, ["background"]             # what is being read; names
         try:
             self.read(json.loads(self.file.read_text()))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             where = f", in {self.entry!a:.200}" if self.entry else ""
             raise UserError(f"{str(self.file)!a}{where}: {type(error).__name__}: {str(error)!a}")
         if not any(self.coco.imgToAnns[image["id"]] for image in self.images):
-            hint = "; --framework retinanet needs no masks" if masks else ""
+            hint = "; --framework retinanet needs no masks" if self.masks else ""
             raise UserError(f"{str(self.file)!a} has no objects left{hint}")
 
     def read(self, content):
@@ -125,8 +124,8 @@ class Coco(Dataset):
                 raise ValueError(f"there is no list called {name}")
         numbers, images, objects, outside, maskless = {}, {}, [], 0, set()
         for self.entry in sorted(content["categories"], key=lambda category: category["id"]):
-            self.classes.append(str(self.entry["name"]))
             numbers[self.entry["id"]] = len(self.classes)
+            self.classes.append(str(self.entry["name"]))
         for self.entry in content["images"]:
             self.check_image(**self.entry)
             images[self.entry["id"]] = self.entry
@@ -232,25 +231,26 @@ def open_label(path):
 class ADE20K(Dataset):
     """A split of an ADE20K folder: (index, seed) -> image (3, H, W) uint8, labels (H, W).
 
-    Labels 1 ... n of the file become 0 ... n - 1; 0 and 255, which is none.  Images are resized so
-    that the shorter side is `size` and the longer at most 4 · size.  Training takes random crops of
-    size x size; validation labels keep their size.
+    Labels 1 ... n of the file become 0 ... n - 1; 0 and 255, which is none.  The shorter side of an
+    image becomes args.size, the longer at most 4 times it.  Training takes random square crops;
+    validation labels keep their size.
     """
 
-    def __init__(self, root, split, size):
+    def __init__(self, root, split, args):
         lines = (root / "objectInfo150.txt").read_text().strip().splitlines()
         self.classes = [line.split("\t")[-1].strip() for line in lines[1:]]
-        folder, self.training = root / "images" / split, split == "training"
-        files = sorted(folder.glob("*"))
+        self.training = split == "train"
+        part = "training" if self.training else "validation"
+        files = sorted((root / "images" / part).glob("*"))
         self.images = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
-        self.labels = [root / "annotations" / split / f"{file.stem}.png" for file in self.images]
+        self.labels = [root / "annotations" / part / f"{file.stem}.png" for file in self.images]
         if not self.images:
-            raise UserError(f"there is no *.jpg or *.png in {str(folder)!a}")
+            raise UserError(f"there is no *.jpg or *.png in {str(root / 'images' / part)!a}")
         for image, label in zip(self.images, self.labels):
             check_size(image, open_label(label).size[::-1], label)
-        self.resize = v2.Resize(size, max_size=4 * size)
+        self.resize = v2.Resize(args.size, max_size=4 * args.size)
         fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: NONE}
-        crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+        crop = v2.RandomCrop(args.size, pad_if_needed=True, fill=fill)
         self.cut = v2.Compose([self.resize, crop, v2.RandomHorizontalFlip()])
 
     def __len__(self):

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchvision")
@@ -33,25 +32,8 @@ def published_macs(backbone, size):
     return macs
 
 
-class Maps(nn.Module):
-    """Replaces the backbone: returns maps of the same shapes at no cost."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.channels = backbone.channels
-
-    def forward_features(self, images):
-        H, W = images.shape[2:]
-        return [images.new_empty(1, C, math.ceil(H / s), math.ceil(W / s))
-                for C, s in zip(self.channels, (4, 8, 16, 32))]
-
-
-def semantic_fpn(images, model):
-    model(images)
-
-
-def upernet(images, model):
-    """The paper's tool counts the MACs of inference, without the auxiliary head, but includes its parameters."""
+def segment(images, model):
+    """The paper's tool counts the MACs of inference, without UperNet's auxiliary head, but includes its parameters."""
     model(images)
 
 
@@ -67,24 +49,26 @@ def mask_rcnn(images, model):
     heads.mask_predictor(heads.mask_head(images.new_empty(100, width, 14, 14)))
 
 
-FRAMEWORKS = {"SemanticFPN": (segmentation.SemanticFPN, semantic_fpn, (512, 2048)),
-              "UperNet": (segmentation.UperNet, upernet, (512, 2048)),
+FRAMEWORKS = {"SemanticFPN": (segmentation.SemanticFPN, segment, (512, 2048)),
+              "UperNet": (segmentation.UperNet, segment, (512, 2048)),
               "RetinaNet": (detection.retinanet, retinanet, (800, 1280)),
               "Mask R-CNN": (detection.mask_rcnn, mask_rcnn, (800, 1280))}
 
 
 def measured(framework, size):
     """(parameters in M, multiply-accumulates in G) of a framework on S, B or L, counted as in the paper."""
-    make, run, resolution = FRAMEWORKS[framework]
+    make, run, (H, W) = FRAMEWORKS[framework]
     with torch.device("meta"), torch.no_grad():
         backbone = MODELS[size](num_classes=0)
         model = make(backbone).eval()
         parameters = sum(p.numel() for p in model.parameters())
-        holder = model.backbone if isinstance(model.backbone, detection.Pyramid) else model
-        holder.backbone = Maps(backbone)
+        backbone.forward_features = lambda images: [                # of the same shapes at no cost
+            images.new_empty(1, C, math.ceil(H / s), math.ceil(W / s))
+            for C, s in zip(backbone.channels, (4, 8, 16, 32))]
         with FlopCounterMode(display=False) as counter:
-            run(torch.empty(1, 3, *resolution), model)
-    return parameters / 1e6, (published_macs(backbone, resolution) + counter.get_total_flops() / 2) / 1e9
+            run(torch.empty(1, 3, H, W), model)
+    del backbone.forward_features
+    return parameters / 1e6, (published_macs(backbone, (H, W)) + counter.get_total_flops() / 2) / 1e9
 
 
 @pytest.mark.parametrize("size, billions", [("S", 85.0), ("B", 177.9), ("L", 304.5)])

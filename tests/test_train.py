@@ -35,7 +35,8 @@ RECIPE = [*QUICK, "--warmup-epochs", 0.5, "--drop-path-rate", 0.1, "--mixup", 0.
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(train, "GENERAL", dict(train.GENERAL, bf16=False, workers=0))
+    monkeypatch.setitem(train.GENERAL, "bf16", False)
+    monkeypatch.setitem(train.GENERAL, "workers", 0)
     monkeypatch.chdir(tmp_path)
 
 
