@@ -162,12 +162,14 @@ OPERATORS = {  # name: (arguments, outputs) as they are named in a case
 }
 
 
-def operator_case(B, H, W, heads, d, M, k=3, tensor=torch.randn, weight_dtype=torch.float32):
-    """Tensors made by tensor(*shape), and numbers, that the operators take and return."""
+def operator_case(B, H, W, heads, d, M, k=3, dtype=torch.float32, weights=None, make=torch.randn):
+    """Numbers and tensors that the operators take and return; `weights` is the dtype of LIM's, if another."""
     windows, C = B * math.ceil(H / M) * math.ceil(W / M), heads * d
-    return dict(H=H, W=W, heads=heads, M=M, qkv=tensor(B, H, W, 3 * C), grad=tensor(B, H, W, C),
-                z=tensor(windows, heads, M * M, d), windows=tensor(3, windows, heads, M * M, d),
-                weight=tensor(C, 1, k, k, dtype=weight_dtype), bias=tensor(C, dtype=weight_dtype))
+    shapes = dict(qkv=(B, H, W, 3 * C), grad=(B, H, W, C), z=(windows, heads, M * M, d),
+                  windows=(3, windows, heads, M * M, d))
+    return dict(H=H, W=W, heads=heads, M=M, weight=make(C, 1, k, k, dtype=weights or dtype),
+                bias=make(C, dtype=weights or dtype),
+                **{key: make(*shape, dtype=dtype) for key, shape in shapes.items()})
 
 
 def arguments(name, case):
@@ -195,13 +197,13 @@ def operator_cases(draw):
     dtype = choose(DTYPES)
     generator = torch.Generator().manual_seed(choose(range(1000)))
 
-    def tensor(*shape, dtype=dtype):
+    def make(*shape, dtype):
         return choose(LAYOUTS)(torch.randn(shape, generator=generator).to(dtype))
 
     B, H, W, M = choose([0, 1, 1, 2, 2]), choose(range(1, 14)), choose(range(1, 14)), choose(range(1, 10))
     heads, d = choose([1, 2, 3]), choose([1, 2, 3, 4, 8, 8, 12, 16, 20, 24, 32, 33, 40])
     k, weights = choose([1, 3, 3, 3, 5, 7]), choose([dtype, torch.promote_types(dtype, torch.float32)])
-    return operator_case(B, H, W, heads, d, M, k, tensor, weights)
+    return operator_case(B, H, W, heads, d, M, k, dtype, weights, make)
 
 
 def close(got, exact, factor=1):

@@ -10,6 +10,7 @@ every change of a kernel, and real threads, to find races in shared memory (ten 
 
     export CUDA_ON_CPU="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
     export CUDA_ON_CPU="-O1 -g -fsanitize=thread -DREAL_THREADS"
+    pytest --slow tests/test_cuda_on_cpu.py
 """
 import ctypes
 import math
@@ -30,6 +31,7 @@ HERE, ROOT = pathlib.Path(__file__).parent / "cuda_on_cpu", pathlib.Path(__file_
 sys.path.insert(0, str(ROOT))                                       # for the debugger: pytest has conftest.py
 from helpers import OPERATORS, arguments, check_operators, close, operator_case, operator_cases  # noqa: E402
 
+pytestmark = pytest.mark.slow                                       # to build
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 FLAGS = os.environ.get("CUDA_ON_CPU", "-O1 -fsanitize=alignment -fno-sanitize-recover=all").split()
 REAL_THREADS = "-DREAL_THREADS" in FLAGS
@@ -125,7 +127,7 @@ def examples(n):
     return settings(max_examples=n // 10 if REAL_THREADS else n)
 
 
-@examples(150)
+@examples(100)
 @given(case=operator_cases(), launch=launches)
 def test_the_operators_against_float64(cuda, case, launch):
     check_operators(lambda name: cuda(name, case, **launch), case)
