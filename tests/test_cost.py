@@ -1,4 +1,4 @@
-"""count_macs against loops over windows and cells, and the growth that the paper states."""
+"""count_macs against formulas for each layer, padding included, and `python scalablevit.py`."""
 import math
 import os
 import runpy
@@ -17,8 +17,7 @@ from scalablevit import ScalableViT, count_macs, scalablevit_s
 FILE = Path(__file__).parents[1] / "scalablevit.py"
 
 
-# ---------------------------------------------------------------------------- by loops
-def attention_by_loops(kind, H, W, C, window, rc, rn):
+def attention_by_formula(kind, H, W, C, window, rc, rn):
     """(convolutions and linears, Q K^T and A V) of one attention on H x W tokens, padding included."""
     if kind == "ssa":
         s = math.isqrt(round(1 / rn))
@@ -34,7 +33,7 @@ def attention_by_loops(kind, H, W, C, window, rc, rn):
     return convolution + H * W * (3 * C * C + C * C), 2 * tokens * M * M * C
 
 
-def by_loops(kwargs, H, W):
+def by_formula(kwargs, H, W):
     modules = attention = 0
     before = kwargs["in_chans"]
     for i, depth in enumerate(kwargs["depths"]):
@@ -43,7 +42,7 @@ def by_loops(kwargs, H, W):
         modules += H * W * side * side * before * C + (H * W * 9 * C if kwargs["peg"] else 0)
         for j in range(depth):
             kind, rc, rn = kwargs["pattern"][j % 2], kwargs["rc"][i], kwargs["rn"][i]
-            linears, products = attention_by_loops(kind, H, W, C, kwargs["window"], rc, rn)
+            linears, products = attention_by_formula(kind, H, W, C, kwargs["window"], rc, rn)
             modules += linears + 2 * H * W * C * int(C * kwargs["mlp_ratio"])
             attention += products
         before = C
@@ -54,29 +53,13 @@ def by_loops(kwargs, H, W):
 
 
 @settings(max_examples=25)
-@given(architectures(), st.integers(1, 70), st.integers(1, 70))
-def test_count_macs_equals_loops_including_padding(kwargs, H, W):
+@given(architectures(max_stages=3), st.integers(1, 70), st.integers(1, 70))
+def test_count_macs_equals_the_formulas(kwargs, H, W):
     model = ScalableViT(**kwargs)
-    assert count_macs(model, (H, W)) == by_loops(kwargs, H, W)
+    assert count_macs(model, (H, W)) == by_formula(kwargs, H, W)
     assert {p.device.type for p in model.parameters()} == {"cpu"}   # where it was
 
 
-def products(kind, H, W, rn=1 / 16):
-    """Cost of Q K^T and A V in one block on H x W tokens of 8 channels, in windows of 4 x 4."""
-    net = dict(dim=8, depths=(1,), heads=(2,), rc=(1.0,), rn=(rn,), window=4, pattern=(kind, kind))
-    return count_macs(ScalableViT(**net, head_hidden=None), (4 * H, 4 * W))["attention"]
-
-
-def test_windows_are_linear_in_N_and_ssa_at_a_fixed_ratio_quadratic():
-    """SSA is linear only with a fixed number of keys, here 4 x 4."""
-    for k in (1, 2, 4):
-        for kind in ("wsa", "lem", "iwsa"):
-            assert products(kind, 4 * k, 8) == 2 * 4 ** 2 * 32 * k * 8                  # 2 M² N C
-        assert products("ssa", 8 * k, 8) == 64 * k * 4 * k * (8 + 8)                    # N N_rn (C + C')
-        assert products("ssa", 8 * k, 8 * k, rn=1 / (2 * k) ** 2) == 64 * k ** 2 * 16 * (8 + 8)
-
-
-# ---------------------------------------------------------------------------- python scalablevit.py
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["scalablevit.py", *arguments])
     runpy.run_path(str(FILE), run_name="__main__")

@@ -29,7 +29,7 @@ from hypothesis import given, settings, strategies as st
 
 HERE, ROOT = pathlib.Path(__file__).parent / "cuda_on_cpu", pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))                                       # for the debugger: pytest has conftest.py
-from helpers import OPERATORS, arguments, check_operators, close, operator_case, operator_cases  # noqa: E402
+from helpers import OPERATORS, arguments, check_operators, operator_case, operator_cases  # noqa: E402
 
 pytestmark = pytest.mark.slow                                       # to build
 COMPILER = os.environ.get("CXX", "c++").split()[0]
@@ -38,7 +38,6 @@ REAL_THREADS = "-DREAL_THREADS" in FLAGS
 ANY = 2 ** 31 - 1                                                   # blocks per grid: no limit but CUDA's
 
 
-# ---------------------------------------------------------------------------- the other process
 def build(folder, flags):
     """ops.cpp's functions, built for a CPU, as a module, and those of kernels.cpp by ctypes."""
     from torch.utils.cpp_extension import load                      # needs setuptools
@@ -118,7 +117,6 @@ def cuda(tmp_path_factory):
     assert process.exitcode == 0                                    # ThreadSanitizer only reports at exit
 
 
-# ---------------------------------------------------------------------------- tests
 launches = st.fixed_dictionaries(dict(threads=st.sampled_from([32] if REAL_THREADS else [32, 48, 64, 256]),
                                       blocks=st.sampled_from([1, 3, ANY]), seed=st.integers(0, 99)))
 

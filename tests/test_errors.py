@@ -54,8 +54,3 @@ def test_good_arguments(good):
 @pytest.mark.parametrize("rn, s", [(0.111111111, 3), (0.1111111112, 3), (1 / 49, 7), (0.020408163, 7)])
 def test_r_n_is_rounded_to_one_over_a_square(rn, s):
     assert SSA(8, 2, rn=rn).s == s
-
-
-def test_a_misspelled_argument_is_a_type_error():
-    with pytest.raises(TypeError, match="num_clases"):
-        small(num_clases=10)

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 
 import scalablevit
-from helpers import random_tokens, randomised, small, softmax_attention, ssa_by_hand
+from helpers import small, softmax_attention
 from scalablevit import IWSA, SSA, count_macs
 
 pytest.importorskip("scalablevit_kernels")
@@ -39,7 +39,6 @@ def distance(a, b):
     return (a.double() - b.double()).norm() / b.double().norm()
 
 
-# ---------------------------------------------------------------------------- the two layers
 @settings(max_examples=60)
 @given(heads=st.integers(1, 3), n=st.integers(1, 20), m=st.sampled_from([1, 5, 127, 128, 130, 511, 512, 520]),
        d=st.integers(1, 40), d_v=st.integers(1, 40), masked=st.booleans(),
@@ -56,15 +55,6 @@ def test_attention_against_its_definition(heads, n, m, d, d_v, masked, precision
     assert got.shape == exact.shape
     for head in range(heads):
         assert distance(got[head], exact[head]) < bound
-
-
-@settings(max_examples=25)
-@given(st.integers(1, 3), st.sampled_from([0.5, 1.0, 1.25, 2.0]), st.integers(1, 16), st.integers(1, 16))
-def test_fused_ssa_against_loops(s, rc, rows, columns):
-    """On maps whose number of keys is below and above the limit."""
-    layer, x = randomised(SSA(8, 2, rc, 1 / s ** 2)), random_tokens(1, rows * s, columns * s - s // 2, 8)
-    layer.__class__ = FusedSSA
-    torch.testing.assert_close(layer(x), ssa_by_hand(layer, x, rc, s), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
@@ -85,7 +75,8 @@ def test_a_fused_model_has_the_same_outputs_gradients_and_cost(device, autocast)
     plain, state, before = step(), copy.deepcopy(model.state_dict()), kinds(model)
     cost = count_macs(model, (123, 110))
     assert fuse(model) is model
-    assert fused_kinds(model) == {FusedIWSA, FusedSSA}
+    assert {*kinds(model)} - {*before} == {FusedIWSA, FusedSSA}
+    assert {*before} - {*kinds(model)} == {IWSA, SSA}
     assert count_macs(model, (123, 110)) == cost
     for fused, own in zip(step(), plain):
         assert fused.dtype == own.dtype
@@ -107,7 +98,6 @@ def test_fused_ssa_never_makes_the_score_matrix(dtype, side):
         assert (torch.ops.aten.bmm in counter.get_flop_counts()["Global"]) == (cls is SSA)
 
 
-# ---------------------------------------------------------------------------- layers left alone
 class Doubled(IWSA):
     def attend(self, qkv, top=0, left=0):
         return 2 * super().attend(qkv, top, left)
@@ -136,11 +126,6 @@ def hook(kind, result):
     return lambda layer: getattr(layer.lim, f"register_{kind}_hook")(result)
 
 
-def temperature(layer):
-    layer.temperature, attend = nn.Parameter(torch.tensor(2.0)), layer.attend
-    layer.attend = lambda qkv: layer.temperature * attend(qkv)
-
-
 NOTICED = {  # changes of LIM, noticed before and after fuse: name -> (change, reason that is printed)
     "a hook": (hook("forward", lambda layer, args, out: 0 * out), "lim has a hook"),
     "a hook before": (hook("forward_pre", lambda layer, args: 2 * args[0]), "lim has a hook"),
@@ -162,7 +147,7 @@ BEFORE = {  # only noticed before
     "dropout": (part("proj", lambda layer: nn.Sequential(layer.proj, nn.Dropout(1.0))), "proj is a"),
     "an adapter": (lambda layer: setattr(layer.qkv, "__class__", Adapter), "qkv is a test_fuse.Adapter"),
     "an unused part": (part("gate", lambda layer: nn.Linear(8, 8)), "gate is a"),
-    "a parameter": (temperature, "it has a method of its own"),
+    "an unused parameter": (part("t", lambda layer: nn.Parameter(torch.ones(1))), "it has a parameter"),
     "an attention": (part("attend", lambda layer: lambda qkv: 0 * qkv[..., :8]), "it has a method of its"),
 }
 
@@ -182,7 +167,7 @@ def outputs(*changes):
 def test_a_changed_layer_is_left_alone_and_named_with_its_reason(name, capsys):
     change, reason = (NOTICED | BEFORE)[name]
     plain = outputs(change)
-    assert name == "an unused part" or not all(map(torch.allclose, plain[:2], outputs()))
+    assert "unused" in name or not all(map(torch.allclose, plain[:2], outputs()))
     torch.testing.assert_close(outputs(change, fuse), plain)
     printed = capsys.readouterr().out
     assert printed.startswith("not fused: the model (")
@@ -240,17 +225,6 @@ def test_global_hooks_see_every_layer_even_after_fuse(capsys):
     assert "global" in capsys.readouterr().out
 
 
-def test_linear_layers_stay_as_they_are():
-    """Strided biases and quantize_dynamic went wrong when `fuse` also switched linear layers."""
-    model, x = nn.Sequential(nn.Linear(8, 8), IWSA(8, 2, window=3)), torch.randn(1, 4, 4, 8)
-    model[0].bias = nn.Parameter(torch.randn(1).expand(8))
-    with torch.inference_mode():
-        before = model(x)
-        torch.testing.assert_close(fuse(model)(x), before)
-    assert nn.Linear not in kinds(quantised(model))
-
-
-# ---------------------------------------------------------------------------- edited files
 attention, attend, forward = scalablevit.attention, IWSA.attend, SSA.forward
 
 
@@ -285,7 +259,6 @@ def test_an_edit_is_found_and_named(owner, name, edit, classes, reason, monkeypa
     assert printed == [f"not fused: all layers of class {name} ({reason})" for name in classes]
 
 
-# ---------------------------------------------------------------------------- how it is called and installed
 @pytest.mark.parametrize("context", [
     torch.device("meta"), torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16),
     torch.float64, torch.bfloat16], ids=str)

@@ -44,7 +44,6 @@ def sizes(device="cpu", **changes):
     return case, [name for name in OPERATORS if device == "cpu" or "iwsa" not in name]
 
 
-# ---------------------------------------------------------------------------- results
 @on_devices
 @some
 @given(case=operator_cases())
@@ -171,7 +170,6 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(ops.window_partition_backward(windows, *qkv.shape[1:3], 4), qkv)
 
 
-# ---------------------------------------------------------------------------- PyTorch integration
 @on_devices
 def test_gradcheck(device):
     case, names = sizes(device, H=4, d=2, dtype=torch.float64)
@@ -277,7 +275,6 @@ def test_cuda_graph():
     torch.testing.assert_close(out, expected)
 
 
-# ---------------------------------------------------------------------------- setup.py
 @pytest.mark.slow
 @pytest.mark.parametrize("reason", ["PyTorch", "no-such-compiler", "compiling failed"])
 def test_without_pytorch_or_a_working_compiler_the_python_part_is_installed(tmp_path, reason):

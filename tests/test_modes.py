@@ -45,7 +45,6 @@ def loss_and_gradients(model, x, call=None):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-# ---------------------------------------------------------------------------- compile and export
 @pytest.mark.slow
 @networks
 def test_compile_in_one_graph(network):
@@ -93,7 +92,6 @@ def test_export_with_dynamic_sizes():
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-# ---------------------------------------------------------------------------- numbers and layouts
 @networks
 def test_autocast_to_bfloat16_stays_close(network):
     model, x = network(), images(8)
@@ -148,7 +146,6 @@ def test_moving_to_another_dtype_and_back_and_to_a_device(network):
     assert out.is_meta
 
 
-# ---------------------------------------------------------------------------- checkpointing and DDP
 @networks
 def test_gradient_checkpointing_gives_the_same_gradients(network):
     """With stochastic depth, which must drop the same samples when a block is recomputed."""
@@ -219,7 +216,6 @@ def test_two_processes_with_ddp_or_fsdp_equal_one(tmp_path):
         torch.testing.assert_close(first[name], expected, rtol=1e-8, atol=1e-10)
 
 
-# ---------------------------------------------------------------------------- copies
 @networks
 def test_copies_averages_and_pickles_are_alike_and_independent(network):
     model, x, file = network().eval(), images(), io.BytesIO()

@@ -87,7 +87,6 @@ def test_layers_are_what_the_arguments_say(kwargs, rate):
     assert model.no_weight_decay() == exempt
 
 
-# ---------------------------------------------------------------------------- stochastic depth
 def block_with(drop_path_rate):
     return Block(WSA(4, 1, 2), 4, mlp_ratio=1.0, drop_path_rate=drop_path_rate)
 
@@ -113,7 +112,6 @@ def test_drop_path_drops_the_branch_and_keeps_the_skip_connection():
     assert not (block.eval()(x) == x).flatten(1).all(dim=1).any()
 
 
-# ---------------------------------------------------------------------------- initialization
 def test_the_published_initialization():
     """Normal with std 0.02 (linear) and sqrt(2 / fan out) (convolution), biases 0, norms 1 and 0."""
     for name, module in scalablevit_tiny(dim=64, heads=(2, 4, 8, 16), head_hidden=128).named_modules():

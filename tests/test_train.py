@@ -107,7 +107,8 @@ def test_a_setting_is_the_command_lines_else_the_runs_else_the_recipes(capsys, t
     saved = {"model": "tiny", "data": "x\n", "bf16": True, "lr": 0.5, "seed": 3}
     torch.save({"settings": saved}, tmp_path / "last.pt")
     args, _ = train.parse_args(["--output", str(tmp_path), "--no-bf16", "--lr", "0.5", "--data", "y"])
-    assert (args.lr, args.seed, args.size, args.bf16, args.data) == (0.5, 3, 112, False, "y")
+    expected = dict(lr=0.5, seed=3, size=112, bf16=False, data="y")
+    assert vars(args).items() >= expected.items()
     file = ascii(str(tmp_path / "last.pt"))
     assert capsys.readouterr().out == f"data: 'x\\n' in {file}, now 'y'\nbf16: True in {file}, now False\n"
 
@@ -169,8 +170,7 @@ MOMENTS = {"step": (train.F, "cross_entropy"), "evaluation": (train, "evaluate")
 
 
 @pytest.mark.parametrize("workers, every, numbers", [
-    (0, 3, {"step": [11], "evaluation": [2], "save": [2], "replace": [3]}), (2, 1, {"step": [14]}),
-    (0, 500, {"replace": [2], "log": [2]}),
+    (0, 3, {"step": [11], "evaluation": [2], "save": [2]}), (0, 500, {"replace": [2], "log": [2]}),
     pytest.param(0, 1, {"step": range(1, 17), "save": range(1, 10), "replace": range(1, 10)}, marks=slow),
     pytest.param(2, 3, {"step": range(1, 17), "save": range(1, 6), "replace": range(1, 6)}, marks=slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(workers, every, numbers, finished, tmp_path):
@@ -193,7 +193,6 @@ def test_a_finished_run_says_so_and_more_epochs_go_on(finished, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.3, 0]  # 0: biases, norms and the PEG
 
 
-# ---------------------------------------------------------------------------- edits
 EDITS = {  # name: {text in the file: its replacement}
     "SGD": {"torch.optim.AdamW(groups, fused=True)": "torch.optim.SGD(groups, momentum=0.9)"},
     "linear probe": {"    if args.fuse:\n": """\
@@ -314,7 +313,6 @@ def test_mistakes_give_one_line(args, message, finished, data, fail, monkeypatch
     assert not pathlib.Path("out").exists()
 
 
-# ---------------------------------------------------------------------------- processes
 def python(*args, **environment):
     """Exit status and what `python args` prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": FILE.parent} | environment
@@ -371,16 +369,16 @@ def test_processes_that_disagree_end_with_one_line(tmp_path):
     assert "UserError" not in printed                               # as a traceback would say
 
 
-@pytest.mark.parametrize("other", [[None, 4, ["0", "1"], {"lr": 1}], [8, 4, ["0", "1"], {"lr": 2}],
-                                   [8, 5, ["0", "1"], {"lr": 1}], [8, 4, ["0", "cat"], {"lr": 1}], None])
-def test_processes_must_agree(other, monkeypatch):
+@pytest.mark.parametrize("i", range(4))
+def test_processes_must_agree(i, monkeypatch):
+    """In step, steps, classes and settings."""
     def gather(everyone, mine):
-        everyone[:] = [mine, other or mine]
+        everyone[:] = [mine, [*mine[:i], "other", *mine[i + 1:]]]
 
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
     monkeypatch.setattr(train.dist, "all_gather_object", gather)
-    with pytest.raises(train.UserError, match="processes differ") if other else contextlib.nullcontext():
-        train.check_run({"step": 8, "steps": 4}, 4, ["0", "1"], argparse.Namespace(settings={"lr": 1}))
+    with pytest.raises(train.UserError, match="processes differ"):
+        train.check_run({"step": 8, "steps": 4}, 4, ["0", "1"], argparse.Namespace(settings={}))
 
 
 @pytest.mark.slow
