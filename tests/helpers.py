@@ -176,13 +176,9 @@ def arguments(name, case):
     return [case[key] for key in OPERATORS[name][0].split()]
 
 
-def reversed_dimensions(t):
-    return t.permute(*reversed(range(t.ndim)))
-
-
 LAYOUTS = [  # how an equal tensor lies in memory
     *[lambda t: t] * 5,
-    lambda t: reversed_dimensions(reversed_dimensions(t).contiguous()),
+    lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
     lambda t: t.swapdims(t.ndim // 4, t.ndim // 2).contiguous().swapdims(t.ndim // 4, t.ndim // 2),
     lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
     lambda t: F.pad(t, (1, 0))[..., 1:],                            # odd strides

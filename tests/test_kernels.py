@@ -229,7 +229,7 @@ def bad_inputs(case):
             x = case[key]
             if isinstance(x, int):
                 words = {"heads": "heads", "M": "window", "H": "H and W in 1", "W": "H and W in 1"}[key]
-                for wrong in (0, -1, 2 ** 40):
+                for wrong in (0, -1, 2 ** 15, 2 ** 40):
                     yield name, words, {key: wrong}
                 continue
             yield name, "shape", {key: x[0]}

@@ -181,7 +181,10 @@ def wrapped(name):
         fuse(model)
     model.set_grad_checkpointing(name == "other layers")
     call = fully_shard(model) if "FSDP" in name else DistributedDataParallel(model)
-    return fuse(model) if name == "FSDP, then fuse" else model, call
+    if name == "FSDP, then fuse":
+        fuse(model)
+    assert ("fuse" in name) == ("FusedIWSA" in {type(layer).__name__ for layer in model.modules()})
+    return model, call
 
 
 def train(model, call, share):
