@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_map
 
 import scalablevit
 import train_minimal as train
 from test_train_data import Killed, draw, interrupt, picture
 
+slow = pytest.mark.slow
 FILE = pathlib.Path(train.__file__)
 QUICK = ["--size", 16, "--batch-size", 2, "--accum", 2, "--epochs", 2]                   # 4 steps an epoch
 RECIPE = [*QUICK, "--warmup-epochs", 0.5, "--drop-path-rate", 0.1, "--mixup", 0.8, "--cutmix", 1,
@@ -67,12 +69,11 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def finished(data, tmp_path_factory):
+def finished(data):
     """The folder of a run that nothing stopped, and its arguments."""
-    output, args = tmp_path_factory.getbasetemp() / "finished", ["--data", data, *RECIPE]
-    if not output.exists():
-        main(*args, "--output", output)
-    return output, args
+    if not (data / "run").exists():
+        main("--data", data, *RECIPE, "--output", data / "run")
+    return data / "run", ["--data", data, *RECIPE]
 
 
 def load(file):
@@ -83,23 +84,20 @@ def log_of(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same(ours, theirs):
-    """Not a bit differs in weights, optimizer, settings, steps and logs."""
-    for name in ("last.pt", "best.pt"):
-        (a, places), (b, others) = tree_flatten(load(ours / name)), tree_flatten(load(theirs / name))
-        assert places == others
-        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b)), name
-    assert log_of(ours) == log_of(theirs)
+def state(output):
+    """Weights, optimizer, settings, steps and logs, tensors as bytes."""
+    files = load(output / "last.pt"), load(output / "best.pt"), log_of(output)
+    return tree_map(lambda x: x.numpy().tobytes() if torch.is_tensor(x) else x, files)
 
 
-# ---------------------------------------------------------------------------- settings
 PAPER = dict(size=224, epochs=300, warmup_epochs=5, batch_size=128, lr=1e-3, weight_decay=0.05, clip_grad=5,
-             label_smoothing=0.1, mixup=0.8, cutmix=1, reprob=0.25, randaugment=2, min_scale=0.08, aug_repeats=3)
+             label_smoothing=0.1, mixup=0.8, cutmix=1, reprob=0.25, randaugment=2, min_scale=0.08,
+             aug_repeats=3, drop_path_rate=0.2)
 LIGHT = dict(mixup=0, cutmix=0, reprob=0, randaugment=0, aug_repeats=1, drop_path_rate=0)
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--model", "s"], PAPER | dict(drop_path_rate=0.2)), (["--model", "b"], PAPER | dict(drop_path_rate=0.5)),
+    (["--model", "s"], PAPER), (["--model", "b"], PAPER | dict(drop_path_rate=0.5)),
     (["--model", "l", "--lr", "0.1"], PAPER | dict(drop_path_rate=0.5, lr=0.1)),
     (["--data", "x"], LIGHT | dict(size=112, epochs=100)), ([], LIGHT | dict(size=56, epochs=8))])
 def test_the_recipe_is_that_of_the_model_and_of_the_data(flags, expected):
@@ -110,7 +108,8 @@ def test_a_setting_is_the_command_lines_else_the_runs_else_the_recipes(capsys, t
     saved = {"model": "tiny", "data": "x\n", "bf16": True, "lr": 0.5, "seed": 3}
     torch.save({"settings": saved}, tmp_path / "last.pt")
     args, _ = train.parse_args(["--output", str(tmp_path), "--no-bf16", "--lr", "0.5", "--data", "y"])
-    assert (args.lr, args.seed, args.size, args.bf16, args.data) == (0.5, 3, 112, False, "y")
+    expected = dict(lr=0.5, seed=3, size=112, bf16=False, data="y")
+    assert vars(args).items() >= expected.items()
     file = ascii(str(tmp_path / "last.pt"))
     assert capsys.readouterr().out == f"data: 'x\\n' in {file}, now 'y'\nbf16: True in {file}, now False\n"
 
@@ -132,8 +131,8 @@ def test_the_learning_rate_has_linear_warmup_and_cosine_decay(more, warmup, lr):
      "Couldn't find any class folder in"),
     (lambda root: os.rename(root / "val", root / "old"), "No such file or directory"),
     (lambda root: (root / "val/2").mkdir(), "Found no valid file for the classes 2"),
-    (lambda root: shutil.copytree(root / "val/1", root / "val/\x1b[31mcat"), "train and val: ['\\\\x1b[31mcat']"),
-    (lambda root: shutil.copytree(root / "val/1", root / "val/.cat"), "a step takes more images than there are")])
+    (lambda root: shutil.copytree(root / "val/1", root / "val/\x1b[3mcat"), "val: ['\\\\x1b[3mcat']"),
+    (lambda root: shutil.copytree(root / "val/1", root / "val/.cat"), "a step takes more images than")])
 def test_data_that_cannot_be_trained_on_give_one_line(change, message, fail, tmp_path):
     root = draw(tmp_path / "da\x1bta", n=8)
     change(root)
@@ -141,16 +140,14 @@ def test_data_that_cannot_be_trained_on_give_one_line(change, message, fail, tmp
     assert not pathlib.Path("out").exists()
 
 
-# ---------------------------------------------------------------------------- runs
 def test_a_run_writes_its_log_and_its_best_epoch_for_eval_and_predict(finished, monkeypatch):
     output, args = finished
-    top1 = [entry["top1"] for entry in log_of(output)]
-    assert load(output / "last.pt")["log"] == log_of(output)
-    assert load(output / "best.pt")["log"][-1]["top1"] == max(top1)
-    assert len(top1) == 2
-    compiled = mock.Mock()
+    first, second = log_of(output)
+    top1, compiled = max(first["top1"], second["top1"]), mock.Mock()
+    assert load(output / "last.pt")["log"] == [first, second]
+    assert load(output / "best.pt")["log"][-1]["top1"] == top1
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
-    assert main("--eval", "--init", output / "best.pt", "--compile") == f"top-1 {max(top1):.2f} %\n"
+    assert main("--eval", "--init", output / "best.pt", "--compile") == f"top-1 {top1:.2f} %\n"
     assert compiled.call_count == 1
     picture().save("a\n.png")
     image = train.transform(argparse.Namespace(size=16), False)(picture())
@@ -166,8 +163,6 @@ def stop_and_go_on(args, output, owner, name, number, program=train):
         interrupt(patch, owner, name, number)
         with pytest.raises(Killed):
             main(*args, "--output", output, program=program)
-    if (output / "log.jsonl").exists():
-        log_of(output)                                              # can be read
     return main(*args, "--output", output, program=program)
 
 
@@ -176,30 +171,29 @@ MOMENTS = {"step": (train.F, "cross_entropy"), "evaluation": (train, "evaluate")
 
 
 @pytest.mark.parametrize("workers, every, numbers", [
-    (0, 3, {"step": [11], "evaluation": [2], "save": [2], "replace": [3]}), (2, 1, {"step": [14], "evaluation": [1]}),
-    (0, 500, {"replace": [2], "log": [1, 2]}),
-    pytest.param(0, 1, {"step": range(1, 17), "save": range(1, 10), "replace": range(1, 10)}, marks=pytest.mark.slow),
-    pytest.param(2, 3, {"step": range(1, 17), "save": range(1, 6), "replace": range(1, 6)}, marks=pytest.mark.slow)])
+    (0, 3, {"step": [11], "evaluation": [2], "save": [2]}), (0, 500, {"replace": [2], "log": [2]}),
+    pytest.param(0, 1, {"step": range(1, 17), "save": range(1, 10), "replace": range(1, 10)}, marks=slow),
+    pytest.param(2, 3, {"step": [1, 5, 14], "save": [3], "replace": [4]}, marks=slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(workers, every, numbers, finished, tmp_path):
     for moment in numbers:
         for number in numbers[moment]:
             output = tmp_path / f"{moment}{number}"
             stop_and_go_on([*finished[1], "--save-every", every, "--workers", workers], output,
                            *MOMENTS[moment], number)
-            assert_same(output, finished[0])
+            assert state(output) == state(finished[0])
 
 
 def test_a_finished_run_says_so_and_more_epochs_go_on(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "out")
     assert main("--output", "out").endswith("step 8 of 8\nfinished: more --epochs, or another --output\n")
-    assert_same(tmp_path / "out", finished[0])
-    assert "epochs: 2 in 'out/last.pt', now 3\n" in main("--output", "out", "--epochs", 3, "--weight-decay", 0.3)
+    assert state(tmp_path / "out") == state(finished[0])
+    printed = main("--output", "out", "--epochs", 3, "--weight-decay", 0.3)
+    assert "epochs: 2 in 'out/last.pt', now 3\n" in printed
     assert [entry["epoch"] for entry in log_of(tmp_path / "out")] == [1, 2, 3]
     groups = load("out/last.pt")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0]  # 0: biases, norms and the PEG
 
 
-# ---------------------------------------------------------------------------- edits
 EDITS = {  # name: {text in the file: its replacement}
     "SGD": {"torch.optim.AdamW(groups, fused=True)": "torch.optim.SGD(groups, momentum=0.9)"},
     "linear probe": {"    if args.fuse:\n": """\
@@ -216,7 +210,7 @@ EDITS = {  # name: {text in the file: its replacement}
     optimizer.register_step_post_hook(lambda *_: ema.update_parameters(model))
     net = Dist""", "evaluate(model, val_set": "evaluate(ema.module, val_set",
                 "model=model.state_dict(),": "model=ema.module.state_dict(), raw=model.state_dict(),"},
-    "logging": {"import scalablevit\n": "import scalablevit\nimport service\n", "            loss_sum = 0.0\n": """\
+    "logging": {"import scalablevit\n": "import scalablevit, service\n", "            loss_sum = 0.0\n": """\
             loss_sum = 0.0
             if RANK == 0:
                 service.log(log[-1])
@@ -224,7 +218,7 @@ EDITS = {  # name: {text in the file: its replacement}
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_takes_effect_and_resumes_bit_for_bit(name, finished, data, tmp_path, monkeypatch):
+def test_an_edit_takes_effect_and_resumes_bit_for_bit(name, finished, tmp_path, monkeypatch):
     """At most 10 lines in 3 places of the file."""
     text, program, service = FILE.read_text(), types.ModuleType("edited"), mock.Mock()
     for old, new in EDITS[name].items():
@@ -232,31 +226,31 @@ def test_an_edit_takes_effect_and_resumes_bit_for_bit(name, finished, data, tmp_
             pytest.fail(f"the edit {name!r} looks for {old!r}, once in train_minimal.py", pytrace=False)
         text = text.replace(old, new)
     assert len(set(text.splitlines()) - set(FILE.read_text().splitlines())) <= 10
-    assert len(EDITS[name]) <= 3
     monkeypatch.setitem(sys.modules, "service", service)
     exec(compile(text, "edited.py", "exec"), program.__dict__)
     program.DEVICE = torch.device("cpu")
-    main(*finished[1], "--output", tmp_path / "whole", program=program)
-    calls = service.log.mock_calls[:]
-    stop_and_go_on([*finished[1], "--save-every", 3], tmp_path / "parts", train.F, "cross_entropy", 15, program)
-    assert_same(tmp_path / "parts", tmp_path / "whole")
-    last, plain = load("whole/last.pt"), load(finished[0] / "last.pt")["model"]
-    torch.manual_seed(0)
-    first = scalablevit.scalablevit_tiny(num_classes=2).state_dict()
-    changed = {name for name in first if not torch.equal(first[name], last["model"][name])}
-    assert (changed == {"head.weight", "head.bias"}) == (name == "linear probe")
-    assert ("momentum_buffer" in last["optimizer"]["state"][len(first) - 1]) == (name == "SGD")
+    main(*finished[1], "--output", "whole", program=program)
+    args = [*finished[1], "--save-every", 3]
+    stop_and_go_on(args, tmp_path / "parts", *MOMENTS["step"], 15, program)
+    assert state(tmp_path / "parts") == state(tmp_path / "whole")
+    last, plain, log = load("whole/last.pt"), load(finished[0] / "last.pt"), log_of(tmp_path / "whole")
+    if name == "SGD":
+        assert "momentum_buffer" in last["optimizer"]["state"][0]
+    if name == "linear probe":
+        torch.manual_seed(0)
+        first = scalablevit.scalablevit_tiny(num_classes=2).state_dict()
+        changed = {name for name in first if not torch.equal(first[name], last["model"][name])}
+        assert changed == {"head.weight", "head.bias"}
     if name == "average":
-        assert torch.equal(last["raw"]["norm.weight"], plain["norm.weight"])
-        assert main("--eval", "--output", "whole") == f"top-1 {max(e['top1'] for e in last['log']):.2f} %\n"
+        assert torch.equal(last["raw"]["norm.weight"], plain["model"]["norm.weight"])
+        assert not torch.equal(last["raw"]["norm.weight"], last["model"]["norm.weight"])
+        assert main("--eval", "--output", "whole") == f"top-1 {max(entry['top1'] for entry in log):.2f} %\n"
     if name == "logging":
-        assert calls == [mock.call(entry) for entry in log_of(tmp_path / "whole")]
-        assert service.log.mock_calls == calls + calls
+        assert service.log.mock_calls == 2 * [mock.call(entry) for entry in log]
 
 
-# ---------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize("classes, arguments", [(2, {}), (3, {}), (2, {"rc": (1.25,) * 4})])
-def test_init_takes_own_and_published_weights_and_a_new_head_for_other_classes(classes, arguments, data, monkeypatch):
+def test_init_takes_own_and_published_weights_and_a_new_head(classes, arguments, data, monkeypatch):
     model = scalablevit.scalablevit_tiny(num_classes=classes, **arguments)
     weights, content = model.state_dict(), {"model": model.state_dict(), "config": model.config}
     if arguments:                                                   # published
@@ -281,11 +275,11 @@ class Trap:
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not a checkpoint"), (b"PK\3\4" * 99, "not a checkpoint"), (pickle.dumps(Trap(), 2), "not a checkpoint"),
-    (None, "not a checkpoint"), ([1], "not a checkpoint"), (torch.ones(3), "not a checkpoint"),
-    ({"log": Trap()}, "not a checkpoint"), ({"model": {"norm.weight": torch.ones(3)}}, "cannot be loaded"),
+    *[(content, "not a checkpoint") for content in (b"", b"PK\3\4" * 99, pickle.dumps(Trap(), 2), None, [1],
+                                                    torch.ones(3), {"log": Trap()})],
+    ({"model": {"norm.weight": torch.ones(3)}}, "cannot be loaded"),
     ({"classes": ["0", "\x1b"]}, "has other classes")])
-def test_a_damaged_checkpoint_gives_one_line_and_nothing_is_overwritten(content, message, finished, fail, tmp_path):
+def test_a_damaged_checkpoint_gives_one_line_and_is_kept(content, message, finished, fail, tmp_path):
     for name in ("last.pt", "best.pt"):
         shutil.copy(finished[0] / name, name)
         if content is None:
@@ -295,70 +289,64 @@ def test_a_damaged_checkpoint_gives_one_line_and_nothing_is_overwritten(content,
         else:
             torch.save({**load(name), **content} if isinstance(content, dict) else content, name)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    assert message in fail(*finished[1], "--output", ".")
-    assert message in fail("--eval", "--output", ".")
+    for args in (finished[1], ["--eval"]):
+        assert message in fail(*args, "--output", ".")
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--model", "s", "--init", "own.pt"], "no scalablevit_s: change --model"), (["--init", "nan.pt"], "not finite"),
-    (["--init", "nowhere.pt"], "FileNotFoundError"), (["--eval", "--init", "nowhere.pt"], "FileNotFoundError"),
-    (["--eval"], "best.pt"), (["--predict", "own.pt"], "best.pt"), (["--data", "no\x1bwhere"], "x1bwhere"),
-    (["--fuse"], "scalablevit_kernels"), (["--output", "run", "--batch-size", "1"], "has 4 steps per epoch, not 8")])
+    (["--model", "s", "--init", "own.pt"], "no scalablevit_s: change --model"),
+    (["--init", "nan.pt"], "not finite"), (["--init", "nowhere.pt"], "FileNotFoundError"),
+    (["--eval", "--init", "nowhere.pt"], "FileNotFoundError"), (["--eval"], "best.pt"),
+    (["--predict", "own.pt"], "best.pt"), (["--data", "no\x1bwhere"], "x1bwhere"),
+    (["--fuse"], "scalablevit_kernels"), (["--output", "weights"], "has None steps per epoch, not 4"),
+    (["--output", "run", "--batch-size", "1"], "has 4 steps per epoch, not 8")])
 def test_mistakes_give_one_line(args, message, finished, data, fail, monkeypatch):
     monkeypatch.setitem(sys.modules, "scalablevit_kernels", None)
     shutil.copytree(finished[0], "run")
     content = load("run/last.pt")
     torch.save(content, "own.pt")
+    pathlib.Path("weights").mkdir()
+    torch.save(content["model"], "weights/last.pt")                 # instead of a run's checkpoint
     content["model"]["norm.weight"][0] = torch.nan
     torch.save(content, "nan.pt")
     assert message in fail(*QUICK, "--output", "out", "--data", data, *args)
     assert not pathlib.Path("out").exists()
 
 
-# ---------------------------------------------------------------------------- processes
-DYING = """
-import os, runpy, signal, sys
-import torch.nn.functional as F
-rank, real, calls = os.environ["RANK"], F.cross_entropy, []
-
-def cross_entropy(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 12 and rank == os.environ.get("DIE"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-
-F.cross_entropy = cross_entropy
-os.chdir(rank)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def python(*args, **environment):
+    """Exit status and what `python args` prints."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": FILE.parent} | environment
+    result = subprocess.run([sys.executable, *map(str, args)], env=environment, timeout=300, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return result.returncode, result.stdout
 
 
-def torchrun(*args, **environment):
-    """Two processes, in the folders 0 and 1: exit status and what they print."""
-    pathlib.Path("dying.py").write_text(DYING)
+def torchrun(*args, program=FILE):
+    """Two processes, in the folders 0 and 1."""
     for rank in "01":
         pathlib.Path(rank).mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "dying.py", FILE]
-    result = subprocess.run([*map(str, [*command, *args])], env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
-    return result.returncode, result.stdout
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+                  "sh", "-c", 'cd $RANK && exec "$0" "$@"', sys.executable, program, *args)
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_after_a_kill_and_evaluate_exactly(data, tmp_path):
-    args, whole, parts = ["--data", data, *RECIPE, "--batch-size", 1, "--save-every", 1], tmp_path / "a", tmp_path / "b"
+    args = ["--data", data, *RECIPE, "--batch-size", 1, "--save-every", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     status, printed = torchrun(*args, "--output", whole)
     assert status == 0, printed
     assert printed.count("step 0 of 8") == 1                        # only one process prints
     assert "strides" not in printed
-    assert torchrun(*args, "--output", parts, DIE="1")[0] != 0
-    assert load(parts / "last.pt")["step"] in (4, 5)               # rank 0 may be ended before its save
+    dying = FILE.read_text().replace("    total = 0.0\n", "    total = 0.0\n    if (RANK, step) == (1, 5):\n"
+                                     "        os.kill(os.getpid(), 9)\n")
+    (tmp_path / "dying.py").write_text(dying)
+    assert torchrun(*args, "--output", parts, program=tmp_path / "dying.py")[0] != 0
+    assert load(parts / "last.pt")["step"] in (4, 5)                # rank 0 may be ended before its save
     assert torchrun(*args, "--output", parts)[0] == 0
-    assert_same(parts, whole)
-    assert main("--eval", "--output", whole) == f"top-1 {max(e['top1'] for e in log_of(whole)):.2f} %\n"
+    assert state(parts) == state(whole)
+    top1 = max(entry["top1"] for entry in log_of(whole))
+    assert main("--eval", "--output", whole) == f"top-1 {top1:.2f} %\n"
 
 
 @pytest.mark.slow
@@ -372,30 +360,38 @@ def test_two_processes_and_accumulation_train_like_one_batch(data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", ["classes", "images", "output"])
-def test_processes_that_disagree_end_with_one_line(other, data, tmp_path):
-    """Other classes in equal numbers, another number of images, a run that only one process finds."""
+def test_processes_that_disagree_end_with_one_line(tmp_path):
+    """Other classes in equal numbers."""
     draw(tmp_path / "0/data")
-    draw(tmp_path / "1/data", 24 if other == "images" else 17, ("0", "cat" if other == "classes" else "1"))
-    if other == "output":
-        main("--data", data, *QUICK, "--epochs", 1, "--output", "0/runs/tiny")
+    draw(tmp_path / "1/data", classes=("0", "cat"))
     status, printed = torchrun("--data", "data", *QUICK, "--batch-size", 1)
     assert status != 0
     assert "processes differ in step, steps, classes or settings" in printed
     assert "UserError" not in printed                               # as a traceback would say
 
 
+@pytest.mark.parametrize("i", range(4))
+def test_processes_must_agree(i, monkeypatch):
+    """In step, steps, classes and settings."""
+    def gather(everyone, mine):
+        everyone[:] = [mine, [*mine[:i], "other", *mine[i + 1:]]]
+
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    with pytest.raises(train.UserError, match="processes differ"):
+        train.check_run({"step": 8, "steps": 4}, 4, ["0", "1"], argparse.Namespace(settings={}))
+
+
 @pytest.mark.slow
 def test_spawned_workers_without_fcntl_as_on_windows(finished, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import multiprocessing, sys\nsys.modules['fcntl'] = None\n"
                                                "multiprocessing.set_start_method('spawn', force=True)\n")
-    command = [sys.executable, FILE, *finished[1], "--data", draw(tmp_path / "data"), "--workers", 1, "--no-bf16"]
+    args = [*finished[1], "--data", draw(tmp_path / "data"), "--workers", 1, "--no-bf16", "--output", "out"]
     os.truncate("data/train/1/05.png", 200)
-    for status in (2, 0):
-        result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300,
-                                env=os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-        assert result.returncode == status, result.stderr
-        assert ("cannot read" in result.stderr) == (status == 2)
-        assert len(result.stderr.splitlines()) == status // 2
+    for expected in (2, 0):
+        status, printed = python(FILE, *args, PYTHONPATH=tmp_path, CUDA_VISIBLE_DEVICES="")
+        assert status == expected, printed
+        assert len(re.findall("cannot read.*", printed)) == status // 2
+        assert "Traceback" not in printed
         shutil.copy(finished[1][1] / "train/1/05.png", "data/train/1/05.png")
-    assert log_of(tmp_path / "runs/tiny") == log_of(finished[0])
+    assert log_of(tmp_path / "out") == log_of(finished[0])

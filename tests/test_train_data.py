@@ -1,7 +1,6 @@
 """What the training program learns from: batches, augmentation, images, the digits that it draws."""
 import argparse
 import os
-import pathlib
 import shutil
 from unittest import mock
 
@@ -46,7 +45,6 @@ def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-# ---------------------------------------------------------------------------- batches and images
 def batches(n, world, accum, b, start=0, **args):
     """For each process, its list of batches of (index, seed) in three epochs."""
     args, shares = argparse.Namespace(accum=accum, step_size=world * accum * b, epochs=3, **args), []
@@ -82,11 +80,8 @@ def test_steps_repeat_images_and_are_shared_by_the_processes(extra, world, accum
 
 
 def test_epochs_and_seeds_shuffle_differently_and_mixed_neighbours_are_never_copies():
-    steps = batches(64, 1, 1, 64, aug_repeats=1, seed=0)[0] + batches(64, 1, 1, 64, aug_repeats=1, seed=1)[0]
-    orders = set()
-    for step in steps:
-        orders.add(tuple(image for image, _ in step))
-    assert len(orders) == 6
+    steps = [step for seed in (0, 1) for step in batches(64, 1, 1, 64, aug_repeats=1, seed=seed)[0]]
+    assert len({tuple(image for image, _ in step) for step in steps}) == 6
     batch = batches(128, 1, 1, 128, aug_repeats=3, seed=0)[0][0]    # v2.MixUp mixes i with i - 1
     assert all(batch[i][0] != batch[i - 1][0] for i in range(128))
 
@@ -105,7 +100,7 @@ def test_mixed_targets_match_the_share_of_each_image(seed, B, H, W, cut):
 def test_random_erasing_crops_flips_and_randaugment_have_their_probabilities(monkeypatch):
     args = argparse.Namespace(size=56, min_scale=0.25, randaugment=2, reprob=0.25, mixup=0.0, cutmix=0.0)
     erased, labels = train.augment(torch.zeros(1000, 3, 24, 24), torch.arange(1000), args)
-    assert (erased != 0).any(3).any(2).any(1).float().mean() == pytest.approx(0.25, abs=0.04)
+    assert erased.flatten(1).any(1).float().mean() == pytest.approx(0.25, abs=0.04)
     assert erased[erased != 0].std() == pytest.approx(1, abs=0.05)  # noise, not a constant
     assert labels.tolist() == list(range(1000))
     operation = mock.Mock(side_effect=lambda image: image)
@@ -141,8 +136,8 @@ def test_images_are_rotated_as_exif_says_and_evaluated_at_the_centre(suffix):
 
 
 @pytest.mark.parametrize("save, reason", [
-    (lambda file: Image.fromarray(np.ones((9, 9), np.uint16)).save(file, "png"), "more than 8 bits a channel"),
-    (lambda file: Image.fromarray(np.ones((9, 9), np.float32)).save(file, "tiff"), "more than 8 bits a channel"),
+    (lambda file: Image.fromarray(np.ones((9, 9), np.uint16)).save(file, "png"), "more than 8 bits"),
+    (lambda file: Image.fromarray(np.ones((9, 9), np.float32)).save(file, "tiff"), "more than 8 bits"),
     (lambda file: picture().save(file, "eps"), "cannot identify"),  # would start Ghostscript
     (lambda file: [picture().save(file, "png"), os.truncate(os.fsencode(file), 900)], "truncated"),
     (lambda file: file.mkdir(), "Is a directory")])
@@ -159,51 +154,39 @@ def test_hidden_files_and_folders_are_no_images_and_seeds_decide_on_augmentation
     for name in ("0/.Trash-1000", "0/deeper", "0/deeper/.also", ".ipynb_checkpoints"):
         shutil.copytree(root / "1", root / name)
     (root / "1/01.png").rename(root / "1/._01.png")
-    images = train.Images(root, train.transform(argparse.Namespace(size=16, min_scale=0.1, randaugment=2), True))
+    args = argparse.Namespace(size=16, min_scale=0.1, randaugment=2)
+    images = train.Images(root, train.transform(args, True))
     names = [os.path.relpath(file, root) for file, _ in images.samples]
     assert images.classes == ["0", "1"]
     assert len(names) == 9 + 8 + 7                                  # 0, 0/deeper, 1
     assert not [name for name in names if name[0] == "." or "/." in name]
     first = [images[2, seed][0] for seed in range(9)]
-    again = [images[2, seed][0] for seed in reversed(range(9))]
-    assert all(map(torch.equal, first, reversed(again)))
+    assert all(torch.equal(images[2, seed][0], first[seed]) for seed in reversed(range(9)))
     assert len({str(image.tolist()) for image in first}) == 9
 
 
-# ---------------------------------------------------------------------------- the digits
 def test_the_digits_are_drawn_alike_and_appear_when_complete(tmp_path):
     with mock.patch.object(train, "range", lambda n: range(n // 100), create=True):
-        for root in ("runs/tiny/digits", "again"):
+        for root in (tmp_path / "runs/tiny/digits", tmp_path / "again"):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
                 interrupt(patch, Image.Image, "save", 45)
-                train.draw_digits(pathlib.Path(root))
-            assert not pathlib.Path(root).exists()
-            train.draw_digits(pathlib.Path(root))
-    drawn, again = (sorted((tmp_path / root).rglob("*.png")) for root in ("runs/tiny/digits", "again"))
+                train.draw_digits(root)
+            assert not root.exists()
+            train.draw_digits(root)
+    drawn, again = (sorted((tmp_path / root).rglob("*.png")) for root in ("runs", "again"))
     assert [file.read_bytes() for file in drawn] == [file.read_bytes() for file in again]
     assert len(drawn) == 50
 
 
 @pytest.mark.slow
 def test_a_linear_classifier_of_the_digits_stays_under_60_percent(tmp_path):
-    """Ridge regression on 16 × 16 pixels, the best of several strengths."""
+    """Ridge regression on 16 × 16 pixels."""
     train.draw_digits(tmp_path / "digits")
     files = sorted(tmp_path.glob("digits/*/*/*.png"))               # 4000 for training come first
     pixels = np.stack([np.array(Image.open(file).resize((16, 16))).ravel() for file in files])
     labels = torch.tensor([int(file.parent.name) for file in files])
     x, x_val = torch.from_numpy(pixels / 255 - 0.5).split([4000, 1000])
-    for strength in (1, 10, 100, 1000):
-        targets = x.T @ torch.eye(10).double()[labels[:4000]]
+    targets = x.T @ torch.eye(10).double()[labels[:4000]]
+    for strength in (10, 1000):
         guesses = (x_val @ torch.linalg.solve(x.T @ x + strength * torch.eye(768), targets)).argmax(1)
-        print(strength, (guesses == labels[4000:]).double().mean().item())
         assert (guesses == labels[4000:]).double().mean() < 0.6
-
-
-def test_a_last_pt_that_is_no_run_is_refused_and_kept(tmp_path):
-    """Plain weights, copied to where a run's checkpoint would be."""
-    draw(tmp_path / "data")
-    torch.save(train.scalablevit.scalablevit_tiny(num_classes=2).state_dict(), "last.pt")
-    before = pathlib.Path("last.pt").read_bytes()
-    with pytest.raises(train.UserError, match="has None steps per epoch, not 4"):
-        train.main(["--data", "data", "--output", ".", "--size", "16", "--batch-size", "4"])
-    assert pathlib.Path("last.pt").read_bytes() == before
