@@ -103,7 +103,7 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
     parser.add_argument("--predict", nargs="+")
     known = {**general, "model": "tiny", "predict": None}
     numbers = recipe(known)
-    for key, value in (general | numbers).items():
+    for key, value in dict(general, **numbers).items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
@@ -118,7 +118,8 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
         weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
-    known |= saved | given | {"output": output}
+    known.update(saved)
+    known.update(given, output=output)
     args = argparse.Namespace(**recipe(known) | known)
     if run or use:
         args.init = weights
@@ -376,8 +377,6 @@ def train(model, optimizer, train_set, val_set, steps, run, args):
     start, total = run.get("step", 0), steps * args.epochs
     loss_sum, log = run.get("loss_sum", 0.0), run.get("log", [])    # of this epoch; of all epochs
     say(f"{str(args.output)!a}: {len(train_set)} images in {len(train_set.classes)} classes, step {start} of {total}")
-    if start >= total:
-        say("finished: more --epochs, or another --output")
     net = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     keys = training_batches(len(train_set), steps, start, args)
     batches = iter(DataLoader(train_set, batch_sampler=keys, num_workers=args.workers))
@@ -434,8 +433,9 @@ def main(argv=None):
     model = build_model(args, num_classes=args.num_classes, drop_path_rate=args.drop_path_rate)
     optimizer = build_optimizer(model, args)
     if run:
-        optimizer.load_state_dict(run["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        state = optimizer.state_dict()                              # its settings are this file's
+        state["state"] = run["optimizer"]["state"]
+        optimizer.load_state_dict(state)
     train(model, optimizer, train_set, val_set, steps, run, args)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -106,7 +106,7 @@ def train_step(program, net, optimizer, batches, step, args):
     """One optimizer step on accum batches; returns the mean loss of all processes."""
     net.train()
     progress = step / args.total
-    falls = (progress >= args.fall) * (1 + (progress >= 11 / 12))
+    falls = sum(progress >= fall for fall in (args.fall, max(args.fall, 11 / 12)))
     warmup = min(1, (step + 1) / max(1, args.warmup_steps))
     rate = args.lr * args.step_size / 16 * warmup * (1 - progress) ** args.power * 0.1 ** falls
     for group in optimizer.param_groups:
@@ -148,8 +148,7 @@ def train(program, model, train_set, val_set, steps, run, args):
     log = run.get("log", [])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
     if run:
-        optimizer.load_state_dict(run["optimizer"])
-        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=run["optimizer"]["state"]))
     say(f"{str(args.output)!a}: {len(train_set)} images, step {start} of {total}")
     net = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     keys = train_minimal.training_batches(len(train_set), steps, start, args)

@@ -187,8 +187,8 @@ LAYOUTS = [  # how an equal tensor lies in memory
 
 
 @st.composite
-def operator_cases(draw):
-    """Maps that windows divide or not, or smaller than one; tensors in many layouts."""
+def operator_cases(draw, sizes=(1, 3, 3, 3, 5, 7)):
+    """Maps that windows divide or not, or smaller than one; tensors in many layouts; `sizes` are LIM's."""
     choose = draw(st.randoms(use_true_random=True)).choice          # uniform, unlike Hypothesis's own
     dtype = choose(DTYPES)
     generator = torch.Generator().manual_seed(choose(range(1000)))
@@ -198,7 +198,7 @@ def operator_cases(draw):
 
     B, H, W, M = choose([0, 1, 1, 2, 2]), choose(range(1, 14)), choose(range(1, 14)), choose(range(1, 10))
     heads, d = choose([1, 2, 3]), choose([1, 2, 3, 4, 8, 8, 12, 16, 20, 24, 32, 33, 40])
-    k, weights = choose([1, 3, 3, 3, 5, 7]), choose([dtype, torch.promote_types(dtype, torch.float32)])
+    k, weights = choose(sizes), choose([dtype, torch.promote_types(dtype, torch.float32)])
     return operator_case(B, H, W, heads, d, M, k, dtype, weights, make)
 
 
