@@ -32,7 +32,7 @@ from torch import nn
 
 DOCS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]                        # not installed copies
-from drawing import COLORS, FONT  # noqa: E402
+from drawing import COLORS, FONT, TEXT  # noqa: E402
 from scalablevit import PatchEmbed, ScalableViT  # noqa: E402
 
 RESULTS = DOCS / "ablation.jsonl"
@@ -376,13 +376,13 @@ def curves(file):
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for axis, (task, rows) in zip(axes, CURVES.items()):
         for name, (style, moved) in rows.items():
-            color = COLORS[ROWS[name][0]["pattern"][0]]
+            kind = ROWS[name][0]["pattern"][0]
             runs = [continued(curve) for curve in figures(name, task, "curve").values()]
             mean = torch.tensor(runs).mean(0)
             updates = SETTING["every"] * torch.arange(1, len(mean) + 1)
-            axis.plot(updates, mean, style, color=color, linewidth=2)
+            axis.plot(updates, mean, style, color=COLORS[kind], linewidth=2)
             axis.annotate(name.replace("r_c", "$r_c$"), (updates[-1], mean[-1]), (6, moved),
-                          color=color, va="center", textcoords="offset points")
+                          color=TEXT[kind], va="center", textcoords="offset points")
         axis.set(xlabel="updates", title=task)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("correct, %")

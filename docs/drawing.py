@@ -15,15 +15,23 @@ COLORS = {
     "lim": "#E69F00",       # orange
     "peg": "#F0E442",       # yellow
 }
+TEXT = {                    # the same for words on white paper: darkened to a contrast of 4.5 : 1
+    "wsa": "#2B7A9F",
+    "lem": "#00805D",
+    "iwsa": "#0072B2",
+    "swsa": "#AF4F85",
+    "ssa": "#BD5300",
+}
 NAMES = {"wsa": "WSA", "lem": "LEM", "iwsa": "IWSA", "swsa": "SWSA", "ssa": "SSA"}
 FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
 SIZE = 18                   # pixels of text at a width of 1000, so that the last row can read it
 
+DARK = """
+@media (prefers-color-scheme: dark) {
+  .drawing { --paper: #14181d; --ink: #ececec; --line: #8f969e; --box: #2a3038; }
+}"""
 STYLE = f"""
-.drawing {{ --paper: #ffffff; --ink: #1b1b1b; --line: #8a8a8a; --box: #f0f0f0; }}
-@media (prefers-color-scheme: dark) {{
-  .drawing {{ --paper: #14181d; --ink: #ececec; --line: #8f969e; --box: #2a3038; }}
-}}
+.drawing {{ --paper: #ffffff; --ink: #1b1b1b; --line: #8a8a8a; --box: #f0f0f0; }}{DARK}
 .drawing text {{ font-family: {FONT}; fill: var(--ink); }}
 .drawing .arrow {{ fill: none; stroke: var(--ink); stroke-width: 1.5; }}
 .drawing .tip {{ fill: var(--ink); }}
@@ -32,6 +40,11 @@ MARKER = """
 <defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8"
 orient="auto"><path class="tip" d="M0 0L8 4L0 8z"/></marker></defs>
 """
+
+
+def light(svg):
+    """The picture on white paper in any mode: for slides, which stay white."""
+    return svg.replace(DARK, "")
 
 
 def subscripts(string, size):

@@ -36,7 +36,7 @@ DOCS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]                         # this repository's files
 import ablation  # noqa: E402
 import scalablevit  # noqa: E402
-from drawing import COLORS, NAMES  # noqa: E402
+from drawing import COLORS, NAMES, TEXT  # noqa: E402
 from scalablevit import (  # noqa: E402
     ATTENTION, IWSA, LEM, SSA, SWSA, WSA, Block, PatchEmbed, ScalableViT, init_weights, load_model,
     merge_heads, scalablevit_s, scalablevit_tiny, window_merge)
@@ -189,11 +189,11 @@ def influences(kind, blocks, side, row, column, dim=16):
     return x.grad[0].norm(dim=-1)
 
 
-def field(side=28, row=14, column=17):
-    """What one token depends on after 1, 2 and 4 blocks; below each map, how much of it."""
-    figure, axes = plt.subplots(3, len(NAMES), figsize=(13, 8.8))
+def field(side=28, row=14, column=17, depths=(1, 2, 4)):
+    """What one token depends on after some blocks, a row for each depth; below each map, how much."""
+    figure, axes = plt.subplots(len(depths), len(NAMES), figsize=(13, 3 * len(depths)), squeeze=False)
     for (kind, name), line in zip(NAMES.items(), axes.T):
-        for axis, blocks in zip(line, (1, 2, 4)):
+        for axis, blocks in zip(line, depths):
             size = influences(kind, blocks, side, row, column)
             seen = size > 0
             strength = torch.where(seen, size / size.max(), torch.nan).log10()
@@ -201,13 +201,13 @@ def field(side=28, row=14, column=17):
             borders(axis, side, 7)
             outline(axis, row, column)
             share = 100 * seen.double().mean().item()
-            axis.set_xlabel(f"{share:.0f} % of the map")
-        line[0].set_title(name, weight="bold", color=COLORS[kind])
+            axis.set_xlabel(f"{share:.0f} % of the map", size=18)
+        line[0].set_title(name, size=20, weight="bold", color=TEXT[kind])
     without_ticks(figure)
     for axis in figure.axes:
         axis.spines[:].set(visible=True, color="0.6", linewidth=0.6)
-    for axis, text in zip(axes[:, 0], ("1 block", "2 blocks", "4 blocks")):
-        axis.set_ylabel(text)
+    for axis, blocks in zip(axes[:, 0], depths):
+        axis.set_ylabel("1 block" if blocks == 1 else f"{blocks} blocks", size=18)
     return figure
 
 
@@ -269,7 +269,7 @@ def ramp():
         axis.plot(row, "o-", color=COLORS[kind])
     ends = {"wsa": (20.3, 1.84), "lem": (12.6, 1.22), "iwsa": (20.3, 1.57)}
     for kind, place in ends.items():
-        axis.text(*place, NAMES[kind], color=COLORS[kind], weight="bold")
+        axis.text(*place, NAMES[kind], color=TEXT[kind], weight="bold")
     axis.set_xticks(range(0, 21, 2))
     for border in (6.5, 13.5):
         axis.axvline(border, color="0.6", linewidth=1)
@@ -399,7 +399,7 @@ def attention(file, photos=PHOTOS, size=224, layers=LAYERS):
             kind = "ssa" if isinstance(attn, SSA) else "iwsa"
             over(axis, gray, share, COLORS[kind])
             outline(axis, row, column, 1 / H, 0)
-            axis.set_title(NAMES[kind], color=COLORS[kind], weight="bold")
+            axis.set_title(NAMES[kind], color=TEXT[kind], weight="bold")
         outline(line[0], row, column, 1 / H, 0)
     return without_ticks(figure)
 
@@ -457,7 +457,7 @@ def boards(seed=0, updates=400):
         at = torch.arange(1, len(smooth) + 1) * updates / len(smooth)
         axis.plot(at, smooth, style, color=COLORS[kind])
         label = f"{name}: {smooth[-1]:.0f} %"
-        axis.annotate(label, (updates, smooth[-1]), (6, 0), color=COLORS[kind], va="center",
+        axis.annotate(label, (updates, smooth[-1]), (6, 0), color=TEXT[kind], va="center",
                       textcoords="offset points")
     axis.axhline(25, color="0.6", linewidth=1)
     axis.annotate("guessing", (updates, 25), (6, -3), color="0.4", va="center",
@@ -470,18 +470,18 @@ def boards(seed=0, updates=400):
 def attention_cost(sides=(112, 224, 448, 896, 1792)):
     """MACs of the two products of attention in one block: global, in windows, SSA."""
     kinds = {
-        "global": ("black", first_stage("ssa")),
-        "SSA, $r_n$ = 1/64": (COLORS["ssa"], first_stage("ssa", 1 / 64)),
-        "windows": (COLORS["wsa"], first_stage("wsa")),
+        "global": ("black", "black", first_stage("ssa")),
+        "SSA, $r_n$ = 1/64": (COLORS["ssa"], TEXT["ssa"], first_stage("ssa", 1 / 64)),
+        "windows": (COLORS["wsa"], TEXT["wsa"], first_stage("wsa")),
     }
     figure, axis = plt.subplots(figsize=(9, 4.5))
-    for name, (color, model) in kinds.items():
+    for name, (color, text, model) in kinds.items():
         macs = []
         for side in sides:
             count = scalablevit.count_macs(model, (side, side))["attention"]
             macs.append(count / 1e9)
         axis.loglog(sides, macs, "o-", color=color)
-        axis.annotate(f"{name}: {macs[-1]:,.1f} G", (sides[-1], macs[-1]), (8, 0), color=color,
+        axis.annotate(f"{name}: {macs[-1]:,.1f} G", (sides[-1], macs[-1]), (8, 0), color=text,
                       va="center", textcoords="offset points")
     pixels(axis, sides)
     axis.set_ylabel("G multiply-accumulates")
@@ -524,16 +524,16 @@ def cost(sides=(224, 336, 448, 672, 896, 1344)):
     by_side = [macs_by_part(model, side) for side in sides]
     figure, axis = plt.subplots(figsize=(9, 5))
     labels = [
-        ("convolutions and linear layers", "black", (-16, 8), "right"),
-        ("attention of IWSA", COLORS["iwsa"], (6, -20), "left"),
-        ("attention of SSA", COLORS["ssa"], (14, -6), "left"),
+        ("convolutions and linear layers", "black", "black", (-16, 8), "right"),
+        ("attention of IWSA", COLORS["iwsa"], TEXT["iwsa"], (6, -20), "left"),
+        ("attention of SSA", COLORS["ssa"], TEXT["ssa"], (14, -6), "left"),
     ]
-    for part, (name, color, offset, align) in enumerate(labels):
+    for part, (name, color, text, offset, align) in enumerate(labels):
         values = [macs[part] for macs in by_side]
         axis.loglog(sides, values, "o-", color=color)
         times = values[-1] / values[0]
         axis.annotate(f"{name}: × {times:.0f}", (sides[3], values[3]), offset, ha=align,
-                      color=color, textcoords="offset points")
+                      color=text, textcoords="offset points")
     axis.set_ylabel("G multiply-accumulates")
     pixels(axis, sides)
     return figure
