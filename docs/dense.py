@@ -28,11 +28,10 @@ from train_minimal import (  # noqa: E402
 GENERAL = dict(train_minimal.GENERAL, checkpointing=False)          # of the backbone's blocks
 GENERAL["fuse"] = importlib.util.find_spec("scalablevit_kernels") is not None
 del GENERAL["compile"]
-# Appendix C and Table 8.  lr is for 16 images per step and scales linearly with their number; after
-# the warm-up it decays as (1 - progress) ** power, and at `fall` and 11/12 it drops to a tenth.
+# Appendix C, Table 8.  lr is for 16 images a step; it drops to a tenth at `fall`, again at 11/12.
 SETTINGS = dict(
     batch_size=2, accum=max(1, 8 // WORLD_SIZE), steps=0, epochs=0, lr=1e-4, warmup_steps=0,
-    power=0.0, fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, classify=0, seed=0)
+    power=0.0, fall=1.0, weight_decay=1e-4, width=256, mosaics=1600, segment=0, seed=0)
 
 
 def recipe(program, known):
@@ -48,7 +47,6 @@ def recipe(program, known):
 
 
 def parse_args(program, argv=None):
-    """The settings by train_minimal.py's rule, and the checkpoint, {} for a new run."""
     args, run = train_minimal.parse_args(
         argv, program.__doc__, GENERAL, functools.partial(recipe, program), "framework")
     if (run or args.eval or args.predict) and "framework" not in run.get("settings", {}):
@@ -59,7 +57,7 @@ def parse_args(program, argv=None):
 
 def load_data(program, args, split):
     """Mosaics, fresh in training and for validation always the same; else the program's data."""
-    folder = pathlib.Path(args.data or args.output / "classifier" / "digits")
+    folder = pathlib.Path(args.data or args.output / "digits")
     if not args.data and RANK == 0 and not folder.exists():
         train_minimal.draw_digits(folder)
     if WORLD_SIZE > 1:
@@ -91,7 +89,7 @@ def build_model(program, args, run, classes):
     backbone.norm.requires_grad_(False)                             # only a classifier uses it
     backbone.set_grad_checkpointing(args.checkpointing)
     model = program.build(backbone, len(classes), args)
-    model.config = backbone.config
+    args.backbone = backbone
     if run:
         model.load_state_dict(run["model"])
     return model.to(DEVICE, memory_format=torch.channels_last)
@@ -168,12 +166,14 @@ def train(program, model, train_set, val_set, steps, run, args):
             log.append(dict(step=done, loss=loss, score=score))
             say(f"step {done}  {text}")
         if RANK == 0 and (scored or done % args.save_every == 0):
+            config = args.backbone.config
             state = dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), config=model.config,
+                model=model.state_dict(), optimizer=optimizer.state_dict(), config=config,
                 settings=args.settings, classes=train_set.classes, steps=steps, step=done, log=log)
             if scored and score == max(entry["score"] for entry in log):
                 save(state, args.output / "best.pt")
             save(state, args.output / "last.pt")
+            save(dict(model=args.backbone.state_dict(), config=config), args.output / "backbone.pt")
             (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
 
 
@@ -182,9 +182,10 @@ def main(program, argv=None):
     args, run = parse_args(program, argv)
     if args.predict:
         return predict(program, build_model(program, args, run, run["classes"]), run, args)
-    if args.classify and not (args.data or args.init or run):       # first learn what digits are
-        args.init = args.output / "classifier" / "best.pt"
-        train_minimal.main(["--epochs", f"{args.classify}", "--output", f"{args.init.parent}"])
+    if args.segment and not (args.data or args.init or run):        # first learn what digits are
+        import segmentation
+        args.init = args.output / "segmentation" / "backbone.pt"
+        segmentation.main(["--steps", f"{args.segment}", "--output", f"{args.init.parent}"])
     if WORLD_SIZE > 1:
         dist.init_process_group()
     val_set = load_data(program, args, "val")
@@ -260,7 +261,6 @@ def publish(program):
 
 
 def run_program(main):
-    """main(), where a user's mistake ends the program with one line and status 2."""
     try:
         main()
     except (UserError, OSError, ImportError) as error:  # the last line: workers add more

@@ -36,7 +36,7 @@ RECIPES = {                  # Appendix C and Table 8
 SETTINGS = dict(warmup_steps=500, size=800, min_size=800, anchor=32, groups=0, regions=512)
 MOSAIC = dict(
     epochs=8, warmup_steps=50, batch_size=16, accum=1, lr=1e-3, power=0.9, fall=1.0, mosaics=1280,
-    size=80, width=48, anchor=24, groups=8, regions=16, classify=5)
+    size=80, width=48, anchor=24, groups=8, regions=16, segment=600)
 RATIOS = ((0.5, 1.0, 2.0),) * 5                                     # of anchors, for five maps
 
 

@@ -247,18 +247,13 @@ def test_what_saves_time_or_memory_changes_losses_little(framework, flags, close
 
 
 @pytest.mark.slow
-def test_without_data_a_classifier_of_digits_comes_first(data, tmp_path, monkeypatch):
-    def classify(argv):
-        folder = pathlib.Path(argv[-1])
-        model = scalablevit.scalablevit_tiny(num_classes=2)
-        train_minimal.save({"model": model.state_dict(), "config": model.config}, folder / "best.pt")
-    monkeypatch.setattr(train_minimal, "main", classify)
+def test_without_data_digits_are_drawn_and_detection_starts_from_segmentation(data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_minimal, "draw_digits", lambda root: shutil.copytree(data, root))
-    detection.main([str(word) for word in [*DETECTION, "--epochs", 1, "--lr", 1e-9, "--output", tmp_path]])
+    monkeypatch.setattr(segmentation, "MOSAIC", dict(size=32, width=8, batch_size=2, accum=1, mosaics=8))
+    detection.main([str(word) for word in [*DETECTION, "--segment", 1, "--lr", 1e-9, "--output", tmp_path]])
     assert state_of(tmp_path)["classes"] == ["background", "green", "red"]
-    classifier = torch.load(tmp_path / "classifier" / "best.pt", weights_only=True)["model"]
-    weight = state_of(tmp_path)["model"]["backbone.backbone.stages.0.embed.conv.weight"]
-    assert torch.allclose(weight, classifier["stages.0.embed.conv.weight"], atol=1e-6)
+    for name, weight in torch.load(tmp_path / "segmentation" / "backbone.pt", weights_only=True)["model"].items():
+        assert torch.allclose(state_of(tmp_path)["model"]["backbone.backbone." + name], weight, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- COCO and ADE20K
