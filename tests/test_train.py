@@ -158,12 +158,13 @@ def test_a_run_writes_its_log_and_its_best_epoch_for_eval_and_predict(finished, 
 
 
 def stop_and_go_on(args, output, owner, name, number, program=train):
-    """Kill the run before the number-th call of owner.name, and give its command again."""
+    """Kill the run before the number-th call of owner.name; its command goes on from what was saved."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, owner, name, number)
         with pytest.raises(Killed):
             main(*args, "--output", output, program=program)
-    return main(*args, "--output", output, program=program)
+    new = not [*output.glob("*.pt")]
+    assert (", step 0 of" in main(*args, "--output", output, program=program)) == new
 
 
 MOMENTS = {"step": (train.F, "cross_entropy"), "evaluation": (train, "evaluate"), "save": (torch, "save"),
@@ -370,16 +371,23 @@ def test_processes_that_disagree_end_with_one_line(tmp_path):
     assert "UserError" not in printed                               # as a traceback would say
 
 
-@pytest.mark.parametrize("i", range(4))
-def test_processes_must_agree(i, monkeypatch):
+@pytest.mark.parametrize("other", [(4, 4, "ab", 1), (8, 5, "ab", 1), (8, 4, "ac", 1), (8, 4, "ab", 2)])
+def test_processes_must_agree(other, monkeypatch):
     """In step, steps, classes and settings."""
+    sent = []
+
     def gather(everyone, mine):
-        everyone[:] = [mine, [*mine[:i], "other", *mine[i + 1:]]]
+        sent.append(mine)
+        everyone[:] = [sent[0], mine]
+
+    def check(step, steps, classes, settings):
+        train.check_run({"step": step, "steps": steps}, steps, classes, argparse.Namespace(settings=settings))
 
     monkeypatch.setattr(train, "WORLD_SIZE", 2)
     monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    check(*other)
     with pytest.raises(train.UserError, match="processes differ"):
-        train.check_run({"step": 8, "steps": 4}, 4, ["0", "1"], argparse.Namespace(settings={}))
+        check(8, 4, "ab", 1)
 
 
 @pytest.mark.slow
