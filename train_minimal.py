@@ -103,7 +103,7 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
     parser.add_argument("--predict", nargs="+")
     known = {**general, "model": "tiny", "predict": None}
     numbers = recipe(known)
-    for key, value in dict(general, **numbers).items():
+    for key, value in (general | numbers).items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
@@ -111,23 +111,23 @@ def parse_args(argv=None, doc=__doc__, general=GENERAL, recipe=recipe, name="mod
 
     given = vars(parser.parse_args(argv))
     known |= given
-    output = pathlib.Path(known["output"] or f"runs/{(numbers | known)[name]}")
-    use = given.get("eval") or "predict" in given                   # rather than train
+    output = pathlib.Path(known["output"] or f"runs/{dict(numbers, **known)[name]}")
+    use = known["eval"] or "predict" in given                       # rather than train
     weights = given.get("init", output / "best.pt") if use else output / "last.pt"
     if not use and not weights.exists():                            # stopped in the first save
         weights = output / "best.pt"
     run = load(weights)
     saved = run.get("settings", {})
-    known.update(saved)
-    known.update(given, output=output)
+    known.update(saved, **given)
     args = argparse.Namespace(**recipe(known) | known)
+    args.output = output
     if run or use:
         args.init = weights
     args.step_size = WORLD_SIZE * args.accum * args.batch_size      # images in a step
     args.settings = {key: getattr(args, key) for key in [*numbers, "model", "data", "bf16"]}
-    for key in saved:
-        if saved[key] != args.settings.get(key, saved[key]):
-            say(f"{key}: {saved[key]!a} in {str(weights)!a}, now {args.settings[key]!a}")
+    for key, value in args.settings.items():
+        if saved.get(key, value) != value:
+            say(f"{key}: {saved[key]!a} in {str(weights)!a}, now {value!a}")
     return args, run
 
 
@@ -178,7 +178,7 @@ class Images(datasets.ImageFolder):
         classes = [name for name in names if name[0] != "."]
         if len(classes) < 2:
             raise UserError(f"{str(root)!a} must have a folder for each of two or more classes")
-        return classes, dict(zip(classes, range(len(classes))))
+        return classes, {name: i for i, name in enumerate(classes)}
 
     def __getitem__(self, key):
         index, seed = key
@@ -374,9 +374,13 @@ def check_run(run, steps, classes, args):
 
 def train(model, optimizer, train_set, val_set, steps, run, args):
     """Go on from where the run stands; an epoch has `steps` steps."""
-    start, total = run.get("step", 0), steps * args.epochs
-    loss_sum, log = run.get("loss_sum", 0.0), run.get("log", [])    # of this epoch; of all epochs
+    start = run.get("step", 0)
+    total = steps * args.epochs
+    loss_sum = run.get("loss_sum", 0.0)                             # of this epoch
+    log = run.get("log", [])
     say(f"{str(args.output)!a}: {len(train_set)} images in {len(train_set.classes)} classes, step {start} of {total}")
+    if start >= total:
+        say("finished: more --epochs, or another --output")
     net = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     keys = training_batches(len(train_set), steps, start, args)
     batches = iter(DataLoader(train_set, batch_sampler=keys, num_workers=args.workers))
