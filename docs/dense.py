@@ -13,7 +13,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision import ops, utils
@@ -224,11 +224,10 @@ def draw(program, image, found, classes):
     if len(boxes):
         image = utils.draw_bounding_boxes(image, zoom * boxes, colors=colors, width=2)
     picture = v2.to_pil_image(image)
-    font = ImageFont.load_default(24)
     for i, text in enumerate(texts):
         place = (zoom * boxes[i, :2] + 2).tolist() if len(boxes) else (3, 26 * i)
         pen = ImageDraw.Draw(picture)
-        pen.text(place, text, colors[i], font, stroke_width=2, stroke_fill="black")
+        pen.text(place, text, colors[i], font_size=24, stroke_width=2, stroke_fill="black")
     return picture
 
 
@@ -243,14 +242,13 @@ def predict(program, model, run, args):
         say(f"{path!a}: {str(file)!a}")
 
 
-def show(program, model, dataset, file, side=360):
-    sheet = Image.new("RGB", (6 * side, 2 * side), "white")
+def show(program, model, dataset, file):
+    sheet = Image.new("RGB", (2160, 720), "white")
     for i in range(min(6, len(dataset))):
         image, truth = dataset[i, i]
         for row, found in enumerate((truth, program.find(model, image))):
             picture = draw(program, image, found, dataset.classes)
-            picture = ImageOps.pad(picture, (side - 8, side - 8), color="white")
-            sheet.paste(picture, (side * i, side * row))
+            sheet.paste(ImageOps.pad(picture, (352, 352), color="white"), (360 * i, 360 * row))
     if RANK == 0:
         sheet.save(file)
     say(f"truth above prediction: {str(file)!a}")

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from dense_data import Coco as Data, objects_of as view  # noqa: F401
 from dense import DEVICE, RANK, WORLD_SIZE, Pyramid, open_image  # noqa: F401
-from pycocotools import coco, cocoeval, mask as rle
+from pycocotools import coco, cocoeval
+from pycocotools import mask as rle
 from torchvision import ops
 from torchvision.models.detection import MaskRCNN, RetinaNet, faster_rcnn, mask_rcnn as heads
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -68,8 +69,8 @@ def mask_rcnn(backbone, num_classes=81, width=256, anchor=32, **kwargs):
 def build(backbone, num_classes, args):
     """The framework; images have min_size, ..., size rows or columns in training, size later."""
     sides = tuple(range(min(args.min_size, args.size), args.size + 1))
-    longest = args.size * 1333 // 800
-    kwargs = dict(width=args.width, anchor=args.anchor, min_size=sides, max_size=longest)
+    kwargs = dict(
+        width=args.width, anchor=args.anchor, min_size=sides, max_size=args.size * 1333 // 800)
     if args.framework == "retinanet":
         return retinanet(backbone, num_classes, groups=args.groups, **kwargs)
     return mask_rcnn(backbone, num_classes, box_batch_size_per_image=args.regions, **kwargs)
@@ -84,20 +85,22 @@ def loss(net, images, targets):
 
 
 @torch.no_grad()
-def find(model, image, least=0.3):
-    """Objects in an image (3, H, W) uint8: boxes, labels, scores above `least`, perhaps masks."""
+def find(model, image, least=0.3, overlap=0.5):
+    """Boxes, labels, scores and perhaps masks in an image (3, H, W) uint8; best first."""
     found = model.eval()([image.to(DEVICE) / 255])[0]                  # torchvision normalizes
     if "masks" in found:
         found["masks"] = found["masks"][:, 0] > 0.5                 # (n, H, W)
-    sure = found["scores"] > least
-    return {name: value[sure].cpu() for name, value in found.items()}
+    kept = ops.nms(found["boxes"], found["scores"], overlap)        # of any classes
+    kept = kept[found["scores"][kept] > least]
+    return {name: value[kept].cpu() for name, value in found.items()}
 
 
 def entries(number, objects):
     """Objects of an image as COCO's annotations."""
-    columns = dict(category_id=objects["labels"].tolist())
-    columns["bbox"] = ops.box_convert(objects["boxes"], "xyxy", "xywh").tolist()
-    columns["score"] = objects.get("scores", objects["labels"]).tolist()
+    columns = dict(
+        category_id=objects["labels"].tolist(),
+        bbox=ops.box_convert(objects["boxes"], "xyxy", "xywh").tolist(),
+        score=objects.get("scores", objects["labels"]).tolist())
     for name in ("iscrowd", "area"):                                # of the truth
         if name in objects:
             columns[name] = objects[name].tolist()
@@ -130,7 +133,7 @@ def evaluate(model, items, args):
         number = RANK + i * WORLD_SIZE + 1
         _, H, W = image.shape
         size = dict(id=number, height=H, width=W)
-        found = entries(number, find(model, image, 0))
+        found = entries(number, find(model, image, 0, 1))
         mine.append((size, entries(number, target), found))
     everyone = [mine] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -151,8 +154,7 @@ def describe(objects, classes):
     texts = [classes[label] for label in objects["labels"]]
     if "scores" in objects:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, objects["scores"])]
-    masks = objects.get("masks", ())
-    return objects["labels"].tolist(), texts, masks, objects["boxes"]
+    return objects["labels"].tolist(), texts, objects.get("masks", ()), objects["boxes"]
 
 
 main, load_model, draw = dense.publish(sys.modules[__name__])
