@@ -364,7 +364,7 @@ def check_arguments(in_chans, num_classes, dim, depths, heads, rc, rn, window, d
 def init_weights(module):
     """Initialization of the published code; LayerNorm keeps PyTorch's default (weight 1, bias 0)."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)    # published: truncated at 100 deviations
+        nn.init.normal_(module.weight, std=0.02)    # published: truncated, at 100 deviations
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.weight.numel() / module.in_channels        # k·k·C_out / groups
@@ -435,7 +435,7 @@ def load_model(file, **changes):
 
     `file` is from train_minimal.py, or published, or a state dict, also under "state_dict" or with
     "module." or "_orig_mod." before the names.  `changes` are arguments of `ScalableViT`; another
-    num_classes makes a fresh head, 0 none.  A file without "config" is taken for tiny, S, B or L by
+    num_classes makes a new head, 0 none.  A file without "config" is taken for tiny, S, B or L by
     its width; for another network give `changes`: heads and window leave no trace in the weights, so
     wrong ones load without an error.  Weights must be finite; all but float64 becomes float32.
     """

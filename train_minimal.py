@@ -49,7 +49,7 @@ GENERAL = dict(
     workers=8 if CUDA else 0,        # loading processes of each training process
     save_every=500,          # steps between saves of last.pt
 )
-PAPER = dict(                # Appendix C, plus RandAugment as in DeiT, which the paper follows
+PAPER = dict(                # Appendix C and the published recipe; RandAugment as in DeiT
     size=224,                # side of an image in pixels
     epochs=300,
     warmup_epochs=5.0,
@@ -57,7 +57,7 @@ PAPER = dict(                # Appendix C, plus RandAugment as in DeiT, which th
     accum=1,                 # backward passes per step
     lr=1e-3,                 # peak for 1024 images per step; scaled linearly with their number
     weight_decay=0.05,
-    clip_grad=5.0,           # largest norm of the gradient; inf: any
+    clip_grad=5.0,           # a longer gradient is scaled down to this norm; inf: never
     label_smoothing=0.1,
     drop_path_rate=0.2,      # stochastic depth
     mixup=0.8,               # alpha of MixUp; each batch gets it or CutMix
@@ -210,8 +210,8 @@ def load_data(args, split):
 def training_batches(n, steps, start, args):
     """Yield this process's batches of (index, seed), from step `start` on; an epoch has `steps`.
 
-    With repeated augmentation a step shows a third of its images three times: each once before any
-    again, so that MixUp does not meet copies.
+    With repeated augmentation a step shows a third of its images three times, in the order a b c …
+    a b c …, so that MixUp seldom meets copies.
     """
     different = math.ceil(args.step_size / args.aug_repeats)        # images in a step
     for step in range(start, steps * args.epochs):

@@ -172,9 +172,9 @@ def train(program, model, train_set, val_set, steps, run, args):
                 settings=args.settings, classes=train_set.classes, steps=steps, step=done, log=log)
             if scored and score == max(entry["score"] for entry in log):
                 save(state, args.output / "best.pt")
-            save(state, args.output / "last.pt")
             save(dict(model=args.backbone.state_dict(), config=config), args.output / "backbone.pt")
             (args.output / "log.jsonl").write_text("\n".join(map(json.dumps, log)) + "\n")
+            save(state, args.output / "last.pt")                    # last: the run goes on from it
 
 
 def main(program, argv=None):
@@ -185,7 +185,8 @@ def main(program, argv=None):
     if args.segment and not (args.data or args.init or run):        # first learn what digits are
         import segmentation
         args.init = args.output / "segmentation" / "backbone.pt"
-        segmentation.main(["--steps", f"{args.segment}", "--output", f"{args.init.parent}"])
+        segmentation.main([
+            "--steps", f"{args.segment}", "--output", f"{args.init.parent}", "--model", args.model])
     if WORLD_SIZE > 1:
         dist.init_process_group()
     val_set = load_data(program, args, "val")
@@ -215,7 +216,7 @@ def draw(program, image, found, classes):
     """What was found, on an image (3, H, W) uint8; small ones enlarged.  A legend has no boxes."""
     labels, texts, masks, boxes = program.describe(found, classes)
     colors = [f"hsv({222 * label % 360}, 70%, 100%)" for label in labels]
-    zoom = max(1, 320 // min(image.shape[1:]))
+    zoom = max(1, min(320 // min(image.shape[1:]), 2000 // max(image.shape[1:])))
     size = [zoom * n for n in image.shape[1:]]
     image = v2.resize(image, size)
     if len(masks):

@@ -89,7 +89,7 @@ def is_mask(mask, H, W):
         whole = not isinstance(counts, list) or sum(counts) == H * W
         return list(mask["size"]) == [H, W] and whole
     for polygon in mask or [[]]:
-        if len(polygon) < 6 or len(polygon) % 2 or not math.isfinite(sum(polygon)):
+        if len(polygon) < 6 or len(polygon) % 2 or max(map(abs, polygon)) > 2 * (H + W) or math.isnan(sum(polygon)):
             return False
     return True
 
@@ -124,14 +124,18 @@ class Coco(Dataset):
                 raise ValueError(f"there is no list called {name}")
         numbers, images, objects, outside, maskless = {}, {}, [], 0, set()
         for self.entry in sorted(content["categories"], key=lambda category: category["id"]):
+            if self.entry["id"] in numbers:
+                raise ValueError("the id occurs twice")
             numbers[self.entry["id"]] = len(self.classes)
             self.classes.append(str(self.entry["name"]))
         for self.entry in content["images"]:
+            if self.entry["id"] in images:
+                raise ValueError("the id occurs twice")
             self.check_image(**self.entry)
             images[self.entry["id"]] = self.entry
         for i, self.entry in enumerate(content["annotations"], 1):
             found = self.complete(self.entry, images[self.entry["image_id"]])
-            if min(found["bbox"][2:]) <= 0:
+            if min(found["bbox"][2:]) < 1e-3:                      # float32 would have 0
                 outside += 1
             elif not (self.training and found["iscrowd"]):
                 objects.append(dict(found, id=i, label=numbers[self.entry["category_id"]]))
@@ -174,7 +178,7 @@ class Coco(Dataset):
             image_id=image["id"],
             bbox=[left, top, right - left, bottom - top],
             segmentation=mask,
-            area=entry.get("area"),
+            area=None if entry.get("area") is None else float(entry["area"]),
             iscrowd=int(entry.get("iscrowd", 0)))
 
     def __len__(self):
@@ -260,8 +264,11 @@ class ADE20K(Dataset):
         index, seed = key
         torch.default_generator.manual_seed(seed)                   # wherever it is loaded
         image = v2.functional.to_image(load_image(self.images[index]))
-        label = open_label(self.labels[index])
-        labels = torch.from_numpy(np.array(label))[None]            # (1, H, W) uint8
+        try:
+            label = np.array(open_label(self.labels[index]))
+        except Exception as error:
+            raise UserError(f"cannot read {str(self.labels[index])!a}: {str(error)!a}")
+        labels = torch.from_numpy(label)[None]                      # (1, H, W) uint8
         labels[labels == NONE] = 0
         if labels.max() > len(self.classes):
             raise UserError(f"{str(self.labels[index])!a} has label {labels.max()}, but "

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 docs/segmentation.py --data ADE20K --model s --init published.pth
     python docs/segmentation.py --predict photo.jpg     writes photo.segmentation.png
 
-ADE20K is a folder with {images,annotations}/{training,validation}/ and objectInfo150.txt, a line
-per class.  A label is a PNG of 8 bits with one channel: 0 and 255 are none, then come the classes.
-The third line is the paper's run, 8 x 2 images; one GPU takes 8 x 2 one after the other.
+ADE20K is a folder with {images,annotations}/{training,validation}/ and objectInfo150.txt, a header
+and a line per class.  A label is a PNG of 8 bits with one channel: 0 and 255 are none, then come the
+classes.  A step takes 16 images, 8 x 2 or on one GPU one after the other (the paper: 4 x 4).
 """
 import sys
 
