@@ -89,7 +89,8 @@ def is_mask(mask, H, W):
         whole = not isinstance(counts, list) or sum(counts) == H * W
         return list(mask["size"]) == [H, W] and whole
     for polygon in mask or [[]]:
-        if len(polygon) < 6 or len(polygon) % 2 or max(map(abs, polygon)) > 2 * (H + W) or math.isnan(sum(polygon)):
+        near = all(abs(number) <= 2 * (H + W) for number in polygon)        # not NaN
+        if len(polygon) < 6 or len(polygon) % 2 or not near:
             return False
     return True
 
