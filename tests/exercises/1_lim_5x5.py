@@ -4,7 +4,7 @@ Why     LIM carries information one token across a window's border; a 5x5 kernel
 Where   `IWSA.__init__` in scalablevit.py: an argument `kernel_size`, 3 unless given, which `self.lim` uses;
         `depthwise` takes a kernel size.
 """
-from helpers import plain_pieces, random_tokens, randomised, windows_by_hand
+from helpers import random_tokens, randomised, windows_by_hand
 from report import same_numbers, same_tokens
 from scalablevit import IWSA
 from test_receptive_field import field, same_window, where, within
@@ -18,7 +18,7 @@ def test_a_token_sees_two_tokens_across_the_border():
 def test_it_is_still_window_attention_and_a_depthwise_convolution():
     module, x = randomised(IWSA(8, 2, 4, kernel_size=5)), random_tokens(1, 9, 10, 8)
     assert module.lim.weight.shape == (8, 1, 5, 5)
-    same_numbers(module(x), windows_by_hand(module, x, plain_pieces, interactive=module.lim))
+    same_numbers(module(x), windows_by_hand(module, x, interactive=[module.lim.weight, module.lim.bias]))
 
 
 def test_the_default_is_the_paper_s():
