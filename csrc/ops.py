@@ -80,8 +80,8 @@ def check_lim(qkv, heads, M, weight):
     sixteen_bits = qkv.dtype in (torch.bfloat16, torch.float16)
     dtypes = [qkv.dtype, torch.float32] if sixteen_bits else [qkv.dtype]
     check_tensor("weight", weight, (C, 1, k, k), dtypes, qkv.device)
-    require(k == 3 or k % 2 == 1 and qkv.device.type == "cpu",
-            lambda: f"weight must have shape (C, 1, k, k) with k = 3, or odd on a CPU, got k={k}")
+    require(k == 3 or k % 2 == 1 and qkv.device.type != "cuda",
+            lambda: f"weight must have shape (C, 1, k, k), k odd, on a GPU 3, got k={k}")
     return B, H, W, C
 
 

@@ -30,6 +30,7 @@ import scalablevit  # noqa: E402
 from helpers import from_windows, to_windows  # noqa: E402
 from scalablevit import IWSA, convolve, scalablevit_s  # noqa: E402
 from scalablevit_kernels import FusedIWSA, FusedSSA, devices, fuse, unfuse  # noqa: E402
+from scalablevit_kernels.fuse import attention as fused_attention  # noqa: E402
 
 STAGES = [(56, 64, 2), (28, 128, 4), (14, 256, 8), (7, 512, 16)]    # H = W, C, heads at 224 x 224
 LARGE = [(224, 224), (448, 448), (800, 1280), (1344, 1344)]        # the last one without steps
@@ -234,7 +235,8 @@ def attention(args):
         queries = keys * (64 if heads == 2 else 4)                  # N = N_rn / r_n
         q, k, v = (torch.randn(1, heads, n, d, device=args.device, dtype=DTYPES[name], requires_grad=True)
                    for n, d in ((queries, 40), (keys, 40), (keys, 32)))
-        sides = {"PyTorch's": partial(pytorch_attention, q, k, v),
+        sides = {"fuse.py's": partial(fused_attention, q, k, v, 0.16),
+                 "PyTorch's": partial(pytorch_attention, q, k, v),
                  "plain": partial(scalablevit.attention, q, k, v, 0.16)}
         print_both(f"{heads} heads, {keys} keys, {name}", sides, (q, k, v), args)
 

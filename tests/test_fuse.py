@@ -13,6 +13,7 @@ import torch
 import torch.nn.utils.prune as prune
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
@@ -290,3 +291,16 @@ def test_a_compiled_part_that_cannot_be_loaded_is_done_without(monkeypatch, caps
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]                # PyTorch's attention
     assert "fused without the compiled kernels: import of" in capsys.readouterr().out
+
+
+def test_another_lim_than_the_cuda_kernels_runs_as_in_the_file(monkeypatch):
+    """On fake tensors of a GPU, where the operator refuses 5 x 5 and the layer does not call it."""
+    monkeypatch.setattr(fuse_module, "devices", ("cpu", "cuda"))
+    with FakeTensorMode(), torch.device("cuda"):
+        layer, qkv = IWSA(8, 2), torch.randn(2, 13, 20, 24)
+        layer.lim = scalablevit.depthwise(8, 5)
+        layer.__class__ = FusedIWSA
+        assert layer(torch.randn(2, 13, 20, 8)).shape == (2, 13, 20, 8)
+        z = torch.ops.scalablevit.window_partition(qkv, 2, 7)[0]
+        with pytest.raises(RuntimeError, match="on a GPU 3, got k=5"):
+            torch.ops.scalablevit.window_merge_lim(z, qkv, layer.lim.weight, layer.lim.bias, 7)

@@ -5,6 +5,7 @@ Most tests call `main` in this process, on 17 + 5 noise images of two classes, i
 import argparse
 import contextlib
 import io
+import functools
 import json
 import os
 import pathlib
@@ -193,6 +194,14 @@ def test_a_finished_run_says_so_and_more_epochs_go_on(finished, tmp_path):
     assert [entry["epoch"] for entry in log_of(tmp_path / "out")] == [1, 2, 3]
     groups = load("out/last.pt")["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0]  # 0: biases, norms and the PEG
+
+
+def test_a_run_goes_on_with_the_optimizer_s_settings_of_the_file(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "out")
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, betas=(0.8, 0.9)))
+    main("--output", "out", "--epochs", 3)
+    groups = load("out/last.pt")["optimizer"]["param_groups"]
+    assert [group["betas"] for group in groups] == [(0.8, 0.9)] * 2
 
 
 EDITS = {  # name: {text in the file: its replacement}
